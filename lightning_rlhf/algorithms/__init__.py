@@ -1,0 +1,7 @@
+"""LightningModules, one an algorithm."""
+
+from lightning_rlhf.algorithms.dpo import DPO
+from lightning_rlhf.algorithms.optimization import Optimization
+from lightning_rlhf.algorithms.sft import SFT
+
+__all__ = ["DPO", "SFT", "Optimization"]

@@ -1,0 +1,291 @@
+"""What every algorithm shares: its policy, its optimizer, exact means over a step, metrics and checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
+from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.metrics import Mean, Total
+from lightning_rlhf.models import (
+    LanguageModel,
+    LoRA,
+    Policy,
+    Quantization,
+    load_language_model,
+    load_tokenizer,
+)
+from lightning_rlhf.models.language_model import is_adapter
+
+HALF_PRECISION = ("bf16-true", "16-true")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of an optimizer step was nan or infinite; the message names step, rows and the last checkpoint."""
+
+
+class Algorithm(L.LightningModule):
+    """Base of all algorithms: a LightningModule around a policy.
+
+    Subclasses write ``training_step`` and ``validation_step`` and return ``self.step_mean(losses, batch)`` from the
+    former.
+
+    Args:
+        policy: A path or Hub id, :class:`Policy` settings, or a built Transformers or PEFT model.
+        tokenizer: Needed with a built model; else the policy's own.
+        optimization: Optimizer and schedule.
+    """
+
+    metric_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        policy: "Policy | str | nn.Module",
+        tokenizer: PreTrainedTokenizerBase | None,
+        optimization: Optimization | None,
+    ) -> None:
+        super().__init__()
+        self.policy_settings, built = as_policy(policy)
+        self.optimization = as_settings(Optimization, optimization) or Optimization()
+        if self.policy_settings is None and tokenizer is None:
+            raise ValueError("a built model needs its tokenizer: pass tokenizer=… as well")
+        self.tokenizer = tokenizer or load_tokenizer(
+            self.policy_settings.path, trust_remote_code=self.policy_settings.trust_remote_code
+        )
+        self.policy: LanguageModel | None = None if built is None else as_language_model(built)
+        self.metrics = nn.ModuleDict(
+            {
+                metric_key(stage, name): Mean()
+                for stage in ("train", "val", "test")
+                for name in self.metric_names
+            }
+        )
+        self.num_tokens = Total()
+        self._counted: Tensor | int = 0
+        self._loss_sum: Tensor | float = 0.0
+        self._rows: list[int] = []
+        self._stepped = False
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the policy, once: Lightning calls this inside the strategy's context."""
+        if self.policy is None:
+            self.policy = load_language_model(self.policy_settings)
+            self.on_policy_loaded()
+
+    def on_policy_loaded(self) -> None:
+        """What an algorithm does with the untrained policy, such as making its reference."""
+
+    def setup(self, stage: str) -> None:
+        """Refuse full fine-tuning of half-precision weights, which hardly move."""
+        precision = self.trainer.precision
+        if (
+            stage != "fit"
+            or precision not in HALF_PRECISION
+            or self.optimization.allow_half_precision_weights
+        ):
+            return
+        lora = self.policy_settings is not None and self.policy_settings.lora is not None
+        if not lora and not any(is_adapter(name) for name, _ in self.named_parameters()):
+            raise ValueError(
+                f"precision {precision!r} with full fine-tuning rounds most updates away (at lr 1e-6 only 2% of the "
+                "weights move in 100 steps): use bf16-mixed, or LoRA, or set "
+                "optimization.allow_half_precision_weights: true"
+            )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with warmup and cosine decay, or what ``optimization`` says."""
+        optimizer = build_optimizer(self.named_parameters(), self.optimization)
+        schedule = build_schedule(optimizer, self.optimization, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --- one optimizer step ---------------------------------------------------------------------------------------
+
+    def step_mean(self, losses: Tensor, batch: PackedBatch) -> Tensor:
+        """The loss to return from ``training_step``: its gradient becomes that of the mean over the whole step.
+
+        Lightning divides by a fixed number of micro-batches, even in a last, shorter window, and knows nothing of
+        how many tokens each holds. So the sum is returned here, and :meth:`on_before_optimizer_step` divides the
+        gradient by what was counted over all micro-batches and ranks.
+
+        Args:
+            losses: One loss per token or pair.
+            batch: Where they come from.
+
+        Returns:
+            The sum of the losses.
+        """
+        total = losses.sum()
+        self._counted = self._counted + losses.numel()
+        self._loss_sum = self._loss_sum + total.detach()
+        self._rows.extend(batch.row_ids)
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the gradient of Lightning's scaled sum into that of the mean, and stop on a non-finite loss."""
+        window = torch.stack(
+            [
+                torch.as_tensor(x, dtype=torch.float64, device=self.device)
+                for x in (self._counted, self._loss_sum)
+            ]
+        )
+        if dist.is_initialized() and self.trainer.world_size > 1:
+            dist.all_reduce(window)
+        counted, loss_sum = window.tolist()  # the one host synchronisation of a step
+        if not torch.isfinite(window[1]):
+            self._stop_on_non_finite(loss_sum)
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(counted, 1)
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        torch._foreach_mul_(gradients, scale)
+        self._counted, self._loss_sum, self._rows, self._stepped = 0, 0.0, [], True
+
+    def _stop_on_non_finite(self, loss: float) -> NoReturn:
+        checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        saved = [path for c in checkpoints for path in (c.last_model_path, c.best_model_path) if path]
+        last = f"the last checkpoint is {saved[0]}" if saved else "no checkpoint was saved yet"
+        raise NonFiniteLossError(
+            f"the loss is {loss} at step {self.global_step}, on rows {self._rows} of the training data; no weight was "
+            f"changed by this step, and {last}. Lower optimization.lr, look at these rows with `lightning-rlhf "
+            "doctor`, or set gradient_clip_val"
+        )
+
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    def record(self, stage: str, batch: PackedBatch, values: Mapping[str, Tensor]) -> None:
+        """Add values to the running means of a stage; nothing is synchronised here."""
+        for name, value in values.items():
+            self.metrics[metric_key(stage, name)].update(value)
+        if stage == "train":
+            self.num_tokens.update(batch.input_ids.numel())
+
+    def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:  # noqa: ANN401
+        """Log the means since the last log, every ``log_every_n_steps`` optimizer steps."""
+        every = self.trainer.log_every_n_steps
+        if self._stepped and every and self.global_step % every == 0:
+            self._log_means("train")
+        self._stepped = False
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the validation data."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the test data."""
+        self._log_means("test")
+
+    def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics that follow from the means of a stage, such as a perplexity."""
+        return {}
+
+    def _log_means(self, stage: str) -> None:
+        means = {name: self.metrics[metric_key(stage, name)] for name in self.metric_names}
+        values = {name: metric.compute().float() for name, metric in means.items() if metric.update_called}
+        for metric in means.values():
+            metric.reset()
+        values |= self.derived_metrics(values)
+        if stage == "train":
+            values["num_tokens"] = self.num_tokens.compute()
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rewards/accuracies"), batch_size=1)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Everything but the frozen base and a reference model: both come from where they were loaded."""
+        state = super().state_dict(*args, **kwargs)
+        trained = {
+            n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad or is_adapter(n)
+        }
+        models = ("policy.", "reference.")
+        return {
+            name: value for name, value in state.items() if name in trained or not name.startswith(models)
+        }
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:  # noqa: ANN401
+        """Load what :meth:`state_dict` saved; the frozen base is not expected.
+
+        Raises:
+            RuntimeError: If an adapter, head or trained weight is missing or unknown.
+        """
+        expected, found = set(self.state_dict()), set(state_dict)
+        if strict and expected != found:
+            missing, unknown = sorted(expected - found)[:5], sorted(found - expected)[:5]
+            raise RuntimeError(
+                f"the checkpoint does not fit this {type(self).__name__}: missing {missing}, unknown {unknown} (first "
+                "five each). Was it trained with another policy, or with other LoRA settings?"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down which algorithm this is."""
+        checkpoint["algorithm"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another algorithm.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        found = checkpoint.get("algorithm")
+        if found != type(self).__name__:
+            raise ValueError(
+                f"this is a checkpoint of {found or 'something else'}, not of {type(self).__name__}: to start from "
+                "its weights, export it with `lightning-rlhf export` and give the directory as the policy's path"
+            )
+
+
+def metric_key(stage: str, name: str) -> str:
+    """The name of a metric as a submodule, where slashes are not allowed.
+
+    Example:
+        >>> metric_key("val", "rewards/margins")
+        'val_rewards_margins'
+    """
+    return f"{stage}_{name}".replace("/", "_")
+
+
+def as_policy(
+    policy: "Policy | str | Mapping[str, Any] | nn.Module",
+) -> tuple[Policy | None, nn.Module | None]:
+    """Settings of a policy, or the built model: exactly one of the two."""
+    if isinstance(policy, nn.Module):
+        return None, policy
+    if isinstance(policy, str):
+        return Policy(policy), None
+    if isinstance(policy, Mapping):
+        values = dict(policy)
+        values["lora"] = as_settings(LoRA, values.get("lora"))
+        values["quantization"] = as_settings(Quantization, values.get("quantization"))
+        return Policy(**values), None
+    if isinstance(policy, Policy):
+        return policy, None
+    raise TypeError(f"policy must be a path, Policy settings or a built model, got {type(policy).__name__}")
+
+
+def as_settings(cls: type, value: Any) -> Any:  # noqa: ANN401 - any settings class
+    """Settings from what a checkpoint holds: plain values, or the settings themselves."""
+    return cls(**value) if isinstance(value, Mapping) else value
+
+
+def as_language_model(model: nn.Module) -> LanguageModel:
+    """A built model as a :class:`LanguageModel`."""
+    return model if isinstance(model, LanguageModel) else LanguageModel(model)
+
+
+def plain(settings: Any) -> Any:  # noqa: ANN401 - any settings class
+    """Settings as plain values, which a checkpoint can hold under ``weights_only``; None for a built model."""
+    if isinstance(settings, nn.Module):
+        return None
+    return asdict(settings) if is_dataclass(settings) else settings

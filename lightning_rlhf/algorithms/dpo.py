@@ -1,0 +1,186 @@
+"""Direct preference optimisation and, through its objective, its family."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf import functional as RF
+from lightning_rlhf.algorithms.base import Algorithm, as_policy, plain
+from lightning_rlhf.algorithms.optimization import Optimization
+from lightning_rlhf.algorithms.reference_cache import ReferenceCache
+from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.models import Policy, Reference, load_language_model
+from lightning_rlhf.models.language_model import disable_dropout
+from lightning_rlhf.objectives import Objective, Sigmoid
+
+PAIR = 2
+
+
+class DPO(Algorithm):
+    r"""Direct preference optimisation (Rafailov et al., 2023) on pairs of a chosen and a rejected completion.
+
+    $-\log \sigma(\beta [\log \frac{\pi(y_w)}{\pi_{ref}(y_w)} - \log \frac{\pi(y_l)}{\pi_{ref}(y_l)}])$, the mean
+    over the pairs of an optimizer step.
+
+    The reference is the policy as it starts: its base without the adapter for a fresh LoRA, a frozen copy of the
+    adapter where it starts from one, a frozen copy of the model in full fine-tuning. That both agree at step 0 is
+    asserted. Dropout is off in policy and reference.
+
+    Args:
+        policy: A path or Hub id, :class:`Policy` settings, or a built Transformers or PEFT model.
+        tokenizer: Needed with a built model; else the policy's own.
+        objective: The loss over pairs; by default :class:`lightning_rlhf.objectives.Sigmoid` with beta 0.1.
+        optimization: Optimizer and schedule.
+        reference: Another model as the reference, by path or settings; it need not equal the policy at step 0.
+        precompute_reference: Compute the reference's log-probabilities once, before training, and keep them on
+            disk: the reference then costs neither time nor memory in training. Needs a datamodule.
+        cache_dir: Where they are kept, under a fingerprint of model, data and template.
+    """
+
+    metric_names = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "mean_token_accuracy",
+        "entropy",
+    )
+
+    def __init__(
+        self,
+        policy: Policy | str | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        objective: Objective | None = None,
+        optimization: Optimization | None = None,
+        reference: Policy | str | None = None,
+        precompute_reference: bool = False,
+        cache_dir: str = ".lightning_rlhf/reference",
+    ) -> None:
+        super().__init__(policy, tokenizer, optimization)
+        self.objective = (
+            Objective.from_config(objective) if isinstance(objective, Mapping) else objective or Sigmoid()
+        )
+        self.reference_settings = None if reference is None else as_policy(reference)[0]
+        self.precompute_reference = precompute_reference
+        self.reference: Reference | None = None
+        self.reference_cache = ReferenceCache(Path(cache_dir)) if precompute_reference else None
+        self._checked = False
+        self.save_hyperparameters(
+            {
+                "policy": plain(policy),
+                "objective": self.objective.to_config(),
+                "optimization": plain(self.optimization),
+                "reference": plain(reference),
+                "precompute_reference": precompute_reference,
+                "cache_dir": cache_dir,
+            }
+        )
+        if self.policy is not None:
+            self.on_policy_loaded()
+
+    # --- the reference --------------------------------------------------------------------------------------------
+
+    def on_policy_loaded(self) -> None:
+        """Make the reference from the untrained policy, and switch dropout off in both."""
+        disable_dropout(self.policy)
+        if self.reference_settings is not None:
+            self.reference = Reference(load_language_model(self.reference_settings), kind="model")
+        elif self.reference_cache is None:
+            self.reference = Reference(self.policy)
+        else:
+            self.reference_cache.remember(self.policy)
+
+    def on_fit_start(self) -> None:
+        """Precompute the reference's log-probabilities, where asked."""
+        if self.reference_cache is not None:
+            scorer = self.reference or Reference(self.policy, kind=self.reference_cache.kind)
+            self.reference_cache.prepare(scorer, self.trainer, ("train", "val"))
+
+    def reference_logps(self, batch: PackedBatch, stage: str) -> Tensor:
+        """Log-probabilities of the completions under the reference, ``(N,)``: computed now, or looked up."""
+        if self.reference_cache is not None and stage in self.reference_cache:
+            return self.reference_cache.lookup(stage, batch)
+        return self.reference(batch)
+
+    def _assert_equal_at_start(self, logps: Tensor, ref_logps: Tensor, batch: PackedBatch) -> None:
+        """At step 0 policy and reference are the same model, so every log-ratio is 0 up to rounding."""
+        self._checked = True
+        if self.reference_settings is not None or self.global_step > 0:
+            return
+        half = self.trainer.precision not in ("32-true", "64-true") or logps.dtype != torch.float32
+        half = half or any(p.dtype in (torch.bfloat16, torch.float16) for p in self.policy.parameters())
+        gap = ((logps - ref_logps).abs() / batch.target_lengths.clamp(min=1)).max().item()
+        if gap > (2e-2 if half else 1e-4):
+            raise RuntimeError(
+                f"at step 0 policy and reference differ by {gap:.3g} nats a token (KL should be 0): the reference is "
+                "not the model that the policy starts from. Was the policy changed after the module was built, or is "
+                "the cached reference of other weights (delete cache_dir)?"
+            )
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def _losses(self, batch: PackedBatch, stage: Literal["train", "val", "test"]) -> Tensor:
+        check_pairs(batch)
+        tokens = self.policy(batch, with_entropy=True)
+        logps = RF.sum_by_sequence(tokens.logprobs, batch.target_lengths)
+        ref_logps = self.reference_logps(batch, stage)
+        if stage == "train" and not self._checked:
+            self._assert_equal_at_start(logps.detach(), ref_logps, batch)
+        losses = self.objective(logps[0::PAIR], logps[1::PAIR], ref_logps[0::PAIR], ref_logps[1::PAIR])
+        rewards = self.rewards(logps.detach(), ref_logps)
+        chosen, rejected = rewards[0::PAIR], rewards[1::PAIR]
+        values = {
+            "loss": losses,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": RF.pairwise_accuracy(chosen, rejected),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": logps[0::PAIR],
+            "logps/rejected": logps[1::PAIR],
+            "mean_token_accuracy": tokens.correct.float(),
+            "entropy": tokens.entropy,
+        }
+        self.record(stage, batch, values)
+        return losses
+
+    def rewards(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """The implicit rewards of completions, ``(N,)``."""
+        return RF.implicit_rewards(logps, ref_logps, beta=self.objective.beta)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """The summed loss of a micro-batch; see :meth:`Algorithm.step_mean`."""
+        return self.step_mean(self._losses(batch, "train"), batch)
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add a batch to the validation means."""
+        self._losses(batch, "val")
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add a batch to the test means."""
+        self._losses(batch, "test")
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """The implicit reward of every completion, ``(N,)``."""
+        logps = RF.sum_by_sequence(self.policy(batch).logprobs, batch.target_lengths)
+        return self.rewards(logps, self.reference_logps(batch, "predict"))
+
+
+def check_pairs(batch: PackedBatch) -> None:
+    """Refuse a batch whose groups are not pairs.
+
+    Raises:
+        ValueError: If a prompt has another number of completions than two.
+    """
+    for row, lengths in zip(batch.row_ids, batch.completion_lengths, strict=True):
+        if len(lengths) != PAIR:
+            raise ValueError(
+                f"row {row}: DPO needs two completions a prompt (chosen, rejected), got {len(lengths)}: use "
+                "PreferenceDataModule"
+            )

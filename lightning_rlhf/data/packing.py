@@ -1,0 +1,230 @@
+"""The one data structure: prompt groups, each a prompt with k completions, laid end to end without padding."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """One prompt with k completions, as token ids.
+
+    Attributes:
+        prompt: At least one token: the first token of a completion needs a predecessor that predicts it.
+        completions: k lists of token ids; order is the data's (chosen before rejected, best first).
+        masks: For each completion, which of its tokens count; None where all do.
+        row_id: Where the group stands in its data set: the key of stored reference log-probabilities.
+        extras: Numbers that travel along, such as a margin.
+    """
+
+    prompt: Sequence[int]
+    completions: Sequence[Sequence[int]]
+    masks: Sequence[Sequence[bool]] | None = None
+    row_id: int = -1
+    extras: dict[str, float] = field(default_factory=dict)
+
+
+class Segment(NamedTuple):
+    """A run of queries in the packed row and the prompt it sees; it sees itself causally.
+
+    ``prompt_start == prompt_end`` where the run holds its own prompt: a group's first completion follows its
+    prompt directly, so the two are one plain causal sequence.
+    """
+
+    start: int
+    end: int
+    prompt_start: int
+    prompt_end: int
+
+
+class PaddedBatch(NamedTuple):
+    """The same groups, one row per prompt + completion: the reference that the packed layout is tested against.
+
+    Attributes:
+        input_ids: ``(N, L)``; padded on the right with 0, which nothing reads.
+        attention_mask: ``(N, L)``, boolean, from lengths.
+        position_ids: ``(N, L)``.
+        predictors: Flat indices into ``N·L`` of the positions that predict a target, ``(M,)``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+
+
+@dataclass(eq=False)  # not frozen: Lightning's precision plugins refuse frozen dataclasses in a batch
+class PackedBatch:
+    """Prompt groups in one row: ``prompt, completion 1 … completion k, next prompt …``.
+
+    Lengths live on the host as tuples, so that planning the attention never waits for a device.
+
+    Attributes:
+        input_ids: ``(T,)``.
+        position_ids: ``(T,)``; every completion continues the positions of its prompt.
+        predictors: Positions whose hidden state predicts a target, ``(M,)``, completion by completion.
+        targets: The tokens they predict, ``(M,)``: those tokens of completions that count.
+        target_lengths: Targets a completion, ``(N,)``, on the device: ``sum_by_sequence(logprobs, target_lengths)``.
+        prompt_lengths: Tokens of each prompt, G integers.
+        completion_lengths: Tokens of each completion, G tuples.
+        num_targets: ``target_lengths`` on the host, N integers.
+        row_ids: G integers.
+        extras: Numbers a group, each ``(G,)``.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    target_lengths: Tensor
+    prompt_lengths: tuple[int, ...]
+    completion_lengths: tuple[tuple[int, ...], ...]
+    num_targets: tuple[int, ...]
+    row_ids: tuple[int, ...]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_groups(self) -> int:
+        """G, the number of prompts."""
+        return len(self.prompt_lengths)
+
+    @property
+    def num_completions(self) -> int:
+        """N, the number of completions of all groups."""
+        return len(self.num_targets)
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of the longest prompt + completion."""
+        return max(p + max(c) for p, c in zip(self.prompt_lengths, self.completion_lengths, strict=True))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
+        """The batch on another device; lengths stay on the host."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        """The batch in page-locked memory, for asynchronous copies to a GPU."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        moved = {f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved, extras={name: move(value) for name, value in self.extras.items()})
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The attention's plan, in the order of the row: queries are covered once, without gaps."""
+        segments = []
+        start = 0
+        for prompt, completions in zip(self.prompt_lengths, self.completion_lengths, strict=True):
+            end = start + prompt + completions[0]
+            segments.append(Segment(start, end, start, start))
+            for length in completions[1:]:
+                segments.append(Segment(end, end + length, start, start + prompt))
+                end += length
+            start = end
+        return tuple(segments)
+
+    def padded(self) -> PaddedBatch:
+        """One right-padded row per prompt + completion, from the same tensors."""
+        device = self.input_ids.device
+        rows, columns, sources = [], [], []
+        start = row = 0
+        for prompt, completions in zip(self.prompt_lengths, self.completion_lengths, strict=True):
+            end = start + prompt
+            for length in completions:
+                sources.append(torch.cat([torch.arange(start, start + prompt), torch.arange(end, end + length)]))
+                rows.append(torch.full((prompt + length,), row))
+                columns.append(torch.arange(prompt + length))
+                end, row = end + length, row + 1
+            start = end
+        at, column, source = torch.cat(rows).to(device), torch.cat(columns).to(device), torch.cat(sources).to(device)
+        input_ids = torch.zeros(row, self.max_positions, dtype=torch.long, device=device)
+        mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        input_ids[at, column] = self.input_ids[source]
+        mask[at, column] = True
+        position_ids = torch.arange(self.max_positions, device=device).expand_as(input_ids)
+        # A predictor sits at its position in the row of the completion that holds its target.
+        lengths = torch.tensor(self.num_targets, device=device)
+        row_of_target = torch.repeat_interleave(torch.arange(row, device=device), lengths)
+        predictors = row_of_target * self.max_positions + self.position_ids[self.predictors]
+        return PaddedBatch(input_ids, mask, position_ids, predictors)
+
+
+def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
+    """Lay prompt groups end to end.
+
+    Args:
+        groups: At least one; each with at least one prompt token and at least one completion.
+
+    Returns:
+        The batch, on the CPU.
+
+    Raises:
+        ValueError: If there is no group, a prompt or a completion is empty, or a mask has the wrong length.
+
+    Example:
+        >>> batch = pack([PromptGroup(prompt=[5, 6], completions=[[7, 8], [9]])])
+        >>> batch.input_ids.tolist(), batch.position_ids.tolist()
+        ([5, 6, 7, 8, 9], [0, 1, 2, 3, 2])
+        >>> batch.predictors.tolist(), batch.targets.tolist()
+        ([1, 2, 1], [7, 8, 9])
+    """
+    groups = list(groups)
+    if not groups:
+        raise ValueError("a batch needs at least one prompt group")
+    ids: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    num_targets: list[int] = []
+    for group in groups:
+        _check(group)
+        last_of_prompt = len(ids) + len(group.prompt) - 1
+        ids.extend(group.prompt)
+        positions.extend(range(len(group.prompt)))
+        for k, completion in enumerate(group.completions):
+            mask = [True] * len(completion) if group.masks is None else group.masks[k]
+            before = [last_of_prompt, *range(len(ids), len(ids) + len(completion) - 1)]
+            counted = [index for index, counts in zip(before, mask, strict=True) if counts]
+            predictors.extend(counted)
+            num_targets.append(len(counted))
+            positions.extend(range(len(group.prompt), len(group.prompt) + len(completion)))
+            ids.extend(completion)
+    
+    return PackedBatch(
+        input_ids=torch.tensor(ids, dtype=torch.long),
+        position_ids=torch.tensor(positions, dtype=torch.long),
+        predictors=torch.tensor(predictors, dtype=torch.long),
+        targets=torch.tensor(_targets(groups), dtype=torch.long),
+        target_lengths=torch.tensor(num_targets, dtype=torch.long),
+        prompt_lengths=tuple(len(group.prompt) for group in groups),
+        completion_lengths=tuple(tuple(len(c) for c in group.completions) for group in groups),
+        num_targets=tuple(num_targets),
+        row_ids=tuple(group.row_id for group in groups),
+        extras={
+            name: torch.tensor([group.extras[name] for group in groups], dtype=torch.float32)
+            for name in groups[0].extras
+        },
+    )
+
+
+def _targets(groups: Sequence[PromptGroup]) -> list[int]:
+    return [
+        token
+        for group in groups
+        for k, completion in enumerate(group.completions)
+        for j, token in enumerate(completion)
+        if group.masks is None or group.masks[k][j]
+    ]
+
+
+def _check(group: PromptGroup) -> None:
+    if not group.prompt:
+        raise ValueError(f"row {group.row_id}: the prompt has no token; give it a start token")
+    if not group.completions or not all(len(completion) for completion in group.completions):
+        raise ValueError(f"row {group.row_id}: every group needs completions, each with at least one token")
+    if group.masks is not None and [len(m) for m in group.masks] != [len(c) for c in group.completions]:
+        raise ValueError(f"row {group.row_id}: a mask has another length than its completion")

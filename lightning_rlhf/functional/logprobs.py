@@ -1,0 +1,148 @@
+"""Log-probabilities of given tokens without a tensor of (all tokens × vocabulary)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+DEFAULT_CHUNK_SIZE = 512
+
+
+class TokenLogprobs(NamedTuple):
+    """What one pass over the vocabulary tells about each token.
+
+    Attributes:
+        logprobs: Log-probability of the token, ``(M,)``, float32, in nats.
+        entropy: Entropy of the distribution it was predicted from, ``(M,)``, float32, in nats; None unless asked.
+        correct: Whether the token was the likeliest one, ``(M,)``, boolean.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    correct: Tensor
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """(logits, targets) → log-softmax at the targets, entropy, and whether the target is the largest logit.
+
+    One function rather than ``log_softmax().gather()``: no second (rows × vocabulary) tensor survives the forward,
+    and the backward writes the gradient of both outputs in one pass. ``logits`` are consumed (overwritten).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+        shifted = logits.sub_(logits.amax(-1, keepdim=True))
+        at_target = shifted.gather(-1, targets[:, None]).squeeze(-1)
+        weights = shifted.exp()
+        total = weights.sum(-1)
+        log_total = total.log()
+        entropy = (
+            log_total - torch.linalg.vecdot(weights, shifted) / total if with_entropy else torch.zeros(())
+        )
+        correct = at_target == 0
+        ctx.with_entropy = with_entropy
+        ctx.save_for_backward(shifted, log_total, targets, entropy)
+        ctx.mark_non_differentiable(correct)
+        return at_target - log_total, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, _: Tensor
+    ) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        shifted, log_total, targets, entropy = ctx.saved_tensors
+        logp = shifted - log_total[:, None]
+        grad = logp.exp()
+        if ctx.with_entropy and grad_entropy is not None:
+            # dH/dz_j = −p_j (log p_j + H), dlogp_t/dz_j = δ_tj − p_j
+            grad *= -(grad_logprobs[:, None] + grad_entropy[:, None] * (logp + entropy[:, None]))
+        else:
+            grad *= -grad_logprobs[:, None]
+        grad.scatter_add_(-1, targets[:, None], grad_logprobs[:, None])
+        return grad, None, None
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> TokenLogprobs:
+    r"""Log-probability of each target token, $\log \mathrm{softmax}(\mathrm{head}(h_i) / T)_{y_i}$.
+
+    The vocabulary is projected in chunks of ``chunk_size`` positions, in the backward again, so that at most
+    ``chunk_size`` × vocabulary numbers exist at a time. Softmax and entropy are computed in float32 whatever the
+    head's dtype.
+
+    Args:
+        hidden: The hidden states that predict the targets, ``(M, H)``.
+        head: From hidden states ``(m, H)`` to logits ``(m, V)``: a linear layer, LoRA or a quantised layer, with
+            whatever the model does to its logits (a soft cap, a scale).
+        targets: Token ids, ``(M,)``.
+        temperature: T, which divides the logits.
+        with_entropy: Also return the entropy of each distribution (differentiable).
+        chunk_size: Positions a chunk.
+
+    Returns:
+        See :class:`TokenLogprobs`. An empty input gives empty tensors that still carry a gradient.
+
+    Raises:
+        ValueError: If the temperature is not positive or the shapes disagree.
+
+    Example:
+        >>> hidden = torch.zeros(2, 3)
+        >>> token_logprobs(hidden, torch.nn.Linear(3, 4, bias=False), torch.tensor([0, 3]), with_entropy=True)[:2]
+        (tensor([-1.3863, -1.3863], grad_fn=<CatBackward0>), tensor([1.3863, 1.3863], grad_fn=<CatBackward0>))
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden must be (M, H) and targets (M,), got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        )
+
+    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = head(hidden)
+        # A copy even in float32: the softmax below overwrites it, and the head may hand out a tensor it keeps.
+        logits = logits / temperature if temperature != 1.0 else logits.to(torch.float32, copy=True)
+        return _LogSoftmaxAt.apply(logits.float(), targets, with_entropy)
+
+    def remembered(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            return checkpoint(of_chunk, hidden, targets, use_reentrant=False)
+        return of_chunk(hidden, targets)
+
+    chunks = [
+        remembered(h, t) for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+    ]
+    logprobs, entropy, correct = (
+        (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        if with_entropy
+        else (torch.cat([chunk[0] for chunk in chunks]), None, torch.cat([chunk[2] for chunk in chunks]))
+    )
+    return TokenLogprobs(logprobs, entropy, correct)
+
+
+def sum_by_sequence(logprobs: Tensor, lengths: Tensor) -> Tensor:
+    r"""Sum consecutive tokens into sequences: $\log \pi(y) = \sum_t \log \pi(y_t)$.
+
+    Args:
+        logprobs: Values of the tokens of all sequences, one after the other, ``(M,)``.
+        lengths: Tokens a sequence, ``(N,)``, integer, with sum M.
+
+    Returns:
+        One sum per sequence, ``(N,)``; 0 for a sequence without tokens.
+
+    Example:
+        >>> sum_by_sequence(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0, 1]))
+        tensor([3., 0., 3.])
+    """
+    return torch.segment_reduce(logprobs, "sum", lengths=lengths, initial=0.0)

@@ -1,0 +1,77 @@
+"""Means and sums that stay exact under any precision and any number of processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class _Float64States(Metric):
+    """A metric whose states stay float64 when a precision plugin casts its module.
+
+    ``bf16-true`` would otherwise cast them: in bfloat16, 1,000 updates by 1 count 256.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> "_Float64States":  # noqa: ANN401
+        before = {name: getattr(self, name) for name in self._defaults}
+        super()._apply(fn, *args)
+        for name, value in before.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+            self._defaults[name] = self._defaults[name].double()
+        return self
+
+
+class Mean(_Float64States):
+    """Mean of everything seen since the last reset, each value with the same weight.
+
+    Example:
+        >>> metric = Mean()
+        >>> metric.update(torch.tensor([1.0, 2.0]))
+        >>> metric.update(torch.tensor([6.0]))
+        >>> metric.compute()
+        tensor(3., dtype=torch.float64)
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """Add values, one each; any shape."""
+        self.total += values.detach().sum(dtype=torch.float64)
+        self.count += values.numel()
+
+    def compute(self) -> Tensor:
+        """The mean; nan where nothing was seen."""
+        return self.total / self.count
+
+
+class Total(_Float64States):
+    """Sum of everything seen; kept in checkpoints.
+
+    Example:
+        >>> metric = Total()
+        >>> metric.update(3)
+        >>> metric.update(4)
+        >>> metric.compute()
+        tensor(7., dtype=torch.float64)
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    def update(self, value: float) -> None:
+        """Add a number that the host knows."""
+        self.total += value
+
+    def compute(self) -> Tensor:
+        """The sum over all processes."""
+        return self.total

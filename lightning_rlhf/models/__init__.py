@@ -1,0 +1,17 @@
+"""Models: loading, LoRA and quantisation, shared-prefix attention, the reference, export."""
+
+from lightning_rlhf.models.language_model import LanguageModel
+from lightning_rlhf.models.loading import load_base, load_language_model, load_tokenizer
+from lightning_rlhf.models.reference import Reference
+from lightning_rlhf.models.settings import LoRA, Policy, Quantization
+
+__all__ = [
+    "LanguageModel",
+    "LoRA",
+    "Policy",
+    "Quantization",
+    "Reference",
+    "load_base",
+    "load_language_model",
+    "load_tokenizer",
+]

@@ -1,0 +1,198 @@
+"""A causal language model that scores completions: one forward for every algorithm."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.functional import TokenLogprobs, token_logprobs
+from lightning_rlhf.models import attention
+from lightning_rlhf.models.settings import Layout
+
+ROPE_BY_LONGEST = ("longrope", "dynamic")
+"""Rotary embeddings that depend on the longest row of a batch: packed and padded then differ by design."""
+
+
+class LanguageModel(nn.Module):
+    """Log-probabilities of completions under a Transformers or PEFT causal language model.
+
+    Its ``forward`` is what a strategy wraps: backbone and head both run inside it, so that sharding hooks, LoRA on
+    the head and a quantised head all work.
+
+    Args:
+        model: A causal language model of Transformers, or one with PEFT adapters.
+        layout: ``shared_prefix``, or ``padded``. The former falls back to the latter, with one warning that says
+            why, where a probe finds that the model does not honour it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lightning_rlhf.data.packing import PromptGroup, pack
+        >>> config = LlamaConfig(
+        ...     vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LanguageModel(LlamaForCausalLM(config))
+        >>> model(pack([PromptGroup([5, 6], [[7, 8], [9]])])).logprobs.shape
+        torch.Size([3])
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, layout: Layout = "shared_prefix") -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout = layout
+        self.layout_reason = "as asked"
+        if layout == "shared_prefix":
+            self._attach()
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Transformers model, adapters inside its layers."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def config(self) -> Any:  # noqa: ANN401 - every architecture has its own class
+        """The Transformers configuration."""
+        return self.causal_lm.config
+
+    def _attach(self) -> None:
+        from lightning_rlhf.models.probe import why_not_shared_prefix
+
+        reason = why_not_shared_prefix(self.causal_lm)
+        if reason is None:
+            self.causal_lm.set_attn_implementation(attention.NAME)
+            self.layout_reason = f"{type(self.causal_lm).__name__} equals the padded layout on a shrunk copy"
+            return
+        self.layout, self.layout_reason = "padded", reason
+        warnings.warn(
+            f"{type(self.causal_lm).__name__} runs in the padded layout: {reason}. "
+            "Results are the same; prompts are computed once a completion.",
+            stacklevel=3,
+        )
+
+    def forward(
+        self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> TokenLogprobs:
+        """Score every target of a batch.
+
+        Args:
+            batch: Prompt groups, on the model's device.
+            temperature: Divides the logits.
+            with_entropy: Also return the entropy at every target.
+
+        Returns:
+            One value per target, completion by completion: sum them by ``batch.target_lengths``.
+        """
+        hidden = self.hidden_states(batch)
+        return token_logprobs(
+            hidden, self.logits, batch.targets, temperature=temperature, with_entropy=with_entropy
+        )
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """The last hidden state at every position that predicts a target, ``(M, H)``."""
+        decoder = self.causal_lm.get_decoder()
+        if self.layout_of(batch) == "padded":
+            padded = batch.padded()
+            output = decoder(
+                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+            )
+            return output.last_hidden_state.flatten(0, 1).index_select(0, padded.predictors)
+        output = decoder(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            # A mask that is already four-dimensional is left as it is: Transformers would otherwise see positions
+            # that restart and build a dense one. The attention reads the plan and never this tensor.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+            use_cache=False,
+            shared_prefix=attention.SharedPrefixPlan(batch),
+        )
+        return output.last_hidden_state[0].index_select(0, batch.predictors)
+
+    def layout_of(self, batch: PackedBatch) -> Layout:
+        """The layout of this batch: padded past the original context where rotary factors follow the longest row."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if self.layout == "shared_prefix" and rope.get("rope_type") in ROPE_BY_LONGEST:
+            original = rope.get("original_max_position_embeddings") or self.config.max_position_embeddings
+            if batch.max_positions > original:
+                return "padded"
+        return self.layout
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(m, V)`` of hidden states ``(m, H)``: the head and what the architecture does after it."""
+        logits = self.causal_lm.get_output_embeddings()(hidden)
+        for setting, transform in LOGIT_TRANSFORMS.items():
+            value = getattr(self.config, setting, None)
+            if value is not None:
+                logits = transform(logits, value)
+        return logits
+
+    @contextmanager
+    def _adapters(self, name: str | None) -> Any:  # noqa: ANN401 - a generator for contextmanager
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+        try:
+            yield self
+        finally:
+            for layer, (active, disabled) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def role(self, adapter: str | None) -> AbstractContextManager["LanguageModel"]:
+        """Run as another role on the same base: with the adapter of this name, or the base alone for None.
+
+        Only which adapter is active changes, and never ``requires_grad``: PEFT's own switches freeze the adapters
+        they leave, which silently zeroes their gradients and hides them from DDP. Run a role's backward inside its
+        context.
+        """
+        return self._adapters(adapter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
+        # Adapters stay float32 whatever precision the Trainer casts the module to: an update of 1e-5 does not
+        # register in bfloat16.
+        kept = {n: p.data for n, p in self.named_parameters() if p.dtype == torch.float32 and is_adapter(n)}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if name in kept:
+                parameter.data = kept[name].to(parameter.device)
+        return self
+
+
+LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logits_scaling": lambda logits, value: logits / value,  # Granite
+    "logit_scale": lambda logits, value: logits * value,  # Cohere
+    "final_logit_softcapping": lambda logits, value: torch.tanh(logits / value) * value,  # Gemma 2
+}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to a PEFT adapter.
+
+    Example:
+        >>> is_adapter("model.layers.0.q_proj.lora_A.policy.weight"), is_adapter("model.layers.0.q_proj.weight")
+        (True, False)
+    """
+    return ".lora_" in name
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Set every dropout probability to 0, in layers and in what attention reads from the configuration.
+
+    Not ``eval()``: that would also switch off gradient checkpointing in Transformers.
+
+    Args:
+        module: Changed in place.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout", "resid_dropout", "embd_dropout"):
+            if isinstance(child.__dict__.get(name), float):
+                setattr(child, name, 0.0)

@@ -1,0 +1,104 @@
+"""The reference policy of a KL anchor: explicit, and asserted to equal the policy at step 0."""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.functional import sum_by_sequence
+from lightning_rlhf.models.language_model import LanguageModel
+from lightning_rlhf.models.loading import POLICY_ADAPTER
+from lightning_rlhf.models.settings import LORA_INITS_THAT_CHANGE_THE_BASE
+
+ReferenceKind = Literal["base", "adapter", "model", "policy"]
+REFERENCE_ADAPTER = "reference"
+
+
+class Reference(nn.Module):
+    """A frozen policy to stay close to.
+
+    ===========  ==========================================================================
+    ``base``     the policy's base with no adapter, where the policy starts as a fresh LoRA
+    ``adapter``  a frozen copy of the adapter that the policy starts from, on the same base
+    ``model``    a frozen model of its own, for full fine-tuning
+    ``policy``   the policy itself, while it is still untrained: to score data once
+    ===========  ==========================================================================
+
+    Args:
+        policy: The policy as it is before the first step; ``adapter`` and ``model`` copy it now.
+        kind: How it is made; by default what fits the policy.
+
+    Raises:
+        ValueError: If the kind does not fit the policy.
+    """
+
+    def __init__(self, policy: LanguageModel, kind: ReferenceKind | None = None) -> None:
+        super().__init__()
+        fitting = reference_kind(policy)
+        if kind not in (None, "model", "policy", fitting):
+            raise ValueError(f"reference {kind!r} does not fit this policy, whose reference is {fitting!r}")
+        self.kind: ReferenceKind = kind or fitting
+        # The policy is seen, not owned: it must not appear twice among the parameters.
+        self._policy = (policy,)
+        if self.kind == "model":
+            self.model = copy.deepcopy(policy).requires_grad_(False)
+        elif self.kind == "adapter":
+            _copy_adapter(policy.model)
+
+    def _role(self, policy: LanguageModel) -> AbstractContextManager[object]:
+        if self.kind == "policy":
+            return nullcontext()
+        return policy.role(None if self.kind == "base" else REFERENCE_ADAPTER)
+
+    @torch.no_grad()
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Log-probabilities of whole completions, ``(N,)``, in nats, without gradient."""
+        if self.kind == "model":
+            logprobs = self.model(batch).logprobs
+        else:
+            (policy,) = self._policy
+            with self._role(policy):
+                logprobs = policy(batch).logprobs
+        return sum_by_sequence(logprobs, batch.target_lengths)
+
+
+def reference_kind(policy: LanguageModel) -> ReferenceKind:
+    """The reference that equals a policy before its first step.
+
+    Args:
+        policy: Untrained.
+
+    Returns:
+        The kind; see :class:`Reference`.
+
+    Raises:
+        ValueError: If a fresh adapter's initialisation changed the base.
+    """
+    if not isinstance(policy.model, PeftModel):
+        return "model"
+    init = policy.model.peft_config[POLICY_ADAPTER].init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(LORA_INITS_THAT_CHANGE_THE_BASE):
+        raise ValueError(
+            f"lora.init {init!r} changes the base, so that the base without adapter is a different model and no "
+            "reference. Use init: default or gaussian, or train SFT with it and start from its exported, merged model"
+        )
+    ups = [p for n, p in policy.model.named_parameters() if f".lora_B.{POLICY_ADAPTER}" in n]
+    fresh = all(not bool(p.any()) for p in ups)
+    return "base" if fresh else "adapter"
+
+
+def _copy_adapter(model: PeftModel) -> None:
+    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[POLICY_ADAPTER]))
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{REFERENCE_ADAPTER}." in name:
+            source = parameters[name.replace(f".{REFERENCE_ADAPTER}.", f".{POLICY_ADAPTER}.")]
+            parameter.data = source.data.clone()
+            parameter.requires_grad_(False)
+    for name, parameter in parameters.items():
+        if f".{POLICY_ADAPTER}." in name:
+            parameter.requires_grad_(True)

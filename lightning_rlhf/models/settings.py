@@ -1,0 +1,81 @@
+"""Settings of a model: plain dataclasses that a recipe's YAML spells out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Layout = Literal["shared_prefix", "padded"]
+
+LORA_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "eva")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    r"""Low-rank adaptation (Hu et al., 2021): $W + \frac{\alpha}{r} B A$ with A and B trained, W frozen.
+
+    Attributes:
+        r: Rank of the update.
+        alpha: Numerator of its scale.
+        dropout: Dropout on the adapter's input.
+        target_modules: Names of the layers to adapt, or ``all-linear``.
+        init: ``default`` (B = 0: the model starts unchanged), ``gaussian``, or an initialisation that changes the
+            base (``pissa``, ``olora``, ``loftq``).
+        use_rslora: Scale by α/√r instead.
+        use_dora: Decompose into magnitude and direction.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    init: str = "default"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what can only be a slip."""
+        if self.r < 1:
+            raise ValueError(f"lora.r must be at least 1, got {self.r}; leave lora out for full fine-tuning")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora.dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Weights in 4 or 8 bits by bitsandbytes (Dettmers et al., 2023).
+
+    Attributes:
+        bits: 4 or 8.
+        quant_type: ``nf4`` or ``fp4``; 4 bits only.
+        double_quant: Quantise the scales as well; 4 bits only.
+        compute_dtype: Dtype of the matrix products, and of the storage, so that FSDP2 can shard it.
+    """
+
+    bits: Literal[4, 8] = 4
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model and how to load it.
+
+    Attributes:
+        path: A Hub id, a directory of a model, or a directory of an adapter (its base is loaded too).
+        dtype: Of the weights. ``auto`` is float32 for full fine-tuning, which needs float32 master weights, and
+            the checkpoint's own dtype under LoRA or quantisation.
+        lora: Train an adapter instead of the weights.
+        quantization: Load the base in 4 or 8 bits; needs ``lora``.
+        layout: ``shared_prefix`` computes every prompt once and no padding; ``padded`` is the reference.
+        gradient_checkpointing: Compute activations again in the backward instead of keeping them.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    path: str
+    dtype: Dtype = "auto"
+    lora: LoRA | None = None
+    quantization: Quantization | None = None
+    layout: Layout = "shared_prefix"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False

@@ -1,0 +1,73 @@
+"""What every test stands on: no network, few threads, fixed seeds, and skips that say why."""
+
+import atexit
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+# Before anything imports these libraries: they read their environment once.
+_CACHE = tempfile.mkdtemp(prefix="lightning-rlhf-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_DATASETS_CACHE=str(Path(_CACHE) / "datasets"),
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ASSETS = Path(os.environ.get("LIGHTNING_RLHF_ASSETS") or REPOSITORY.parent / "shared" / "assets").resolve()
+
+collect_ignore_glob = ["benchmarks/*"]
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+
+
+def _missing_assets() -> str | None:
+    if ASSETS.is_dir():
+        return None
+    return f"no real models and data at {ASSETS} (LIGHTNING_RLHF_ASSETS or ../shared/assets)"
+
+
+def pytest_report_header() -> str:
+    """Say at the top what this run will be able to test."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    threads = torch.get_num_threads()
+    return f"assets: {_missing_assets() or ASSETS}; gpu: {gpu}; torch {torch.__version__}, {threads} threads"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses the ``assets`` fixture, and skip, with the reason, what this machine cannot run."""
+    missing = _missing_assets()
+    for item in items:
+        if "assets" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.assets)
+        if missing and item.get_closest_marker("assets"):
+            item.add_marker(pytest.mark.skip(reason=missing))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real models and data; a test that asks for it is marked ``assets``."""
+    missing = _missing_assets()
+    if missing:
+        pytest.skip(missing)
+    return ASSETS
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
