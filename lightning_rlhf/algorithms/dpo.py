@@ -144,7 +144,7 @@ class DPO(Algorithm):
             "rewards/margins": chosen - rejected,
             "logps/chosen": logps[0::PAIR],
             "logps/rejected": logps[1::PAIR],
-            "mean_token_accuracy": tokens.correct.float(),
+            "mean_token_accuracy": torch.cat(tokens.correct.split(batch.num_targets)[0::PAIR]).float(),
             "entropy": tokens.entropy,
         }
         self.record(stage, batch, values)

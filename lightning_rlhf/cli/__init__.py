@@ -1,0 +1,1 @@
+"""The program ``lightning-rlhf``: fit, validate, test, predict, and the commands beside them."""

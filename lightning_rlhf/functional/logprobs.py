@@ -34,8 +34,11 @@ class _LogSoftmaxAt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, with_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+        ctx: Any,  # noqa: ANN401 - torch's own type is private
+        logits: Tensor,
+        targets: Tensor,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shifted = logits.sub_(logits.amax(-1, keepdim=True))
         at_target = shifted.gather(-1, targets[:, None]).squeeze(-1)
         weights = shifted.exp()
@@ -45,7 +48,7 @@ class _LogSoftmaxAt(torch.autograd.Function):
             log_total - torch.linalg.vecdot(weights, shifted) / total if with_entropy else torch.zeros(())
         )
         correct = at_target == 0
-        ctx.with_entropy = with_entropy
+        ctx.set_materialize_grads(False)  # an entropy that is only logged then costs nothing in the backward
         ctx.save_for_backward(shifted, log_total, targets, entropy)
         ctx.mark_non_differentiable(correct)
         return at_target - log_total, entropy, correct
@@ -53,16 +56,21 @@ class _LogSoftmaxAt(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, _: Tensor
-    ) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        ctx: Any,  # noqa: ANN401
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor, None, None]:
         shifted, log_total, targets, entropy = ctx.saved_tensors
         logp = shifted - log_total[:, None]
-        grad = logp.exp()
-        if ctx.with_entropy and grad_entropy is not None:
-            # dH/dz_j = −p_j (log p_j + H), dlogp_t/dz_j = δ_tj − p_j
-            grad *= -(grad_logprobs[:, None] + grad_entropy[:, None] * (logp + entropy[:, None]))
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(log_total)
+        # dlogp_t/dz_j = δ_tj − p_j and dH/dz_j = −p_j (log p_j + H)
+        if grad_entropy is None:
+            grad = logp.exp_().mul_(-grad_logprobs[:, None])
         else:
-            grad *= -grad_logprobs[:, None]
+            slope = grad_logprobs[:, None] + grad_entropy[:, None] * (logp + entropy[:, None])
+            grad = logp.exp_().mul_(slope.neg_())
         grad.scatter_add_(-1, targets[:, None], grad_logprobs[:, None])
         return grad, None, None
 

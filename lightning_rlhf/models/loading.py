@@ -99,7 +99,7 @@ def prepare(model: PreTrainedModel, policy: Policy, *, adapter_path: str | None 
     elif policy.lora is not None:
         wrapped = get_peft_model(model, lora_config(policy.lora), adapter_name=POLICY_ADAPTER)
     if policy.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return LanguageModel(wrapped, layout=policy.layout)
 
 

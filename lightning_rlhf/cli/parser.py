@@ -1,0 +1,65 @@
+"""A configuration parser whose errors begin with the key that is wrong."""
+
+import re
+import sys
+from difflib import get_close_matches
+from typing import NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_rlhf.objectives import Objective
+
+# Dataclasses are otherwise taken as they are annotated: `objective` could name no subclass.
+set_parsing_settings(subclasses_enabled=[Objective])
+
+USAGE = 2
+_WRONG_KEY = re.compile(r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected")
+_PARENT = re.compile(r"Parser key \"([^\"]+)\"")
+
+
+class ConfigParser(LightningArgumentParser):
+    """LightningCLI's parser with a summary in front of jsonargparse's report."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and exit with code 2."""
+        summary = unknown_key(message, _option_names(self))
+        print(f"lightning-rlhf: error: {summary or message}", file=sys.stderr)
+        if summary:
+            print(f"\nIn full:\n{message}", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def unknown_key(report: str, names: list[str]) -> str | None:
+    """The key that no class accepts, from jsonargparse's nested report.
+
+    Args:
+        report: The report.
+        names: Keys that exist, to suggest one from.
+
+    Returns:
+        One line, or None where the report is about something else.
+
+    Example:
+        >>> unknown_key("Parser key \"model\":\n  Parser key \"optimization\":\n    Option 'lrr' is not accepted", ["lr"])
+        "unknown key 'lrr' in model.optimization (did you mean 'lr'?)"
+    """
+    found = _WRONG_KEY.search(report)
+    if found is None:
+        return None
+    key = next(group for group in found.groups() if group)
+    parents = ".".join(_PARENT.findall(report[: found.start()]))
+    close = get_close_matches(key, names, n=1)
+    where = f" in {parents}" if parents else ""
+    return f"unknown key {key!r}{where}" + (f" (did you mean {close[0]!r}?)" if close else "")
+
+
+def _option_names(parser: LightningArgumentParser) -> list[str]:
+    """Keys of the parser itself, and of the package's settings, which it knows only once a class is chosen."""
+    from dataclasses import fields
+
+    import lightning_rlhf as package
+
+    settings = (package.Policy, package.LoRA, package.Quantization, package.Optimization, package.objectives.Sigmoid)
+    names = [field.name for cls in settings for field in fields(cls)]
+    return names + [action.dest.rsplit(".", 1)[-1] for action in parser._actions]

@@ -1,0 +1,149 @@
+"""fit, validate, test and predict: LightningCLI with this package's classes."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch import Tensor
+
+# Imported so that their short names work in flags and in YAML.
+from lightning_rlhf import data as _data  # noqa: F401
+from lightning_rlhf.algorithms.base import Algorithm
+from lightning_rlhf.callbacks import ExactResume
+from lightning_rlhf.cli.parser import ConfigParser
+from lightning_rlhf.data.packing import PackedBatch
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write one JSON line a row of data: ``{"row": 3, "values": [-12.5, -14.0]}``, one value a completion.
+
+    Each process writes ``predictions.jsonl`` (or ``predictions.<rank>.jsonl``) in the log folder.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self._file: TextIO | None = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the file."""
+        suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = Path(trainer.log_dir or trainer.default_root_dir) / f"predictions{suffix}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+        print(f"predictions go to {path}")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Tensor,
+        batch_indices: Sequence[int] | None,
+        batch: PackedBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the rows of a batch."""
+        assert self._file is not None
+        values = iter(prediction.tolist())
+        for row, completions in zip(batch.row_ids, batch.completion_lengths, strict=True):
+            line = {"row": row, "values": [next(values) for _ in completions]}
+            self._file.write(json.dumps(line) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keep the configuration beside the logs; without a logger there is no folder of this run to keep it in."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save it when a training begins."""
+        if stage == "fit" and trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class RLHFCLI(LightningCLI):
+    """LightningCLI for this package's modules and datamodules, or subclasses of them.
+
+    The configuration says what runs; a checkpoint given by ``ckpt_path`` restores its state and nothing else.
+
+    Args:
+        arguments: What follows the program's name; a trainer method first where ``run``.
+        run: Run that method; else only build trainer, module and datamodule.
+    """
+
+    def __init__(self, arguments: list[str], *, run: bool = True) -> None:
+        super().__init__(
+            Algorithm,
+            L.LightningDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [ExactResume(), PredictionWriter()]},
+            seed_everything_default=0,
+            parser_class=ConfigParser,
+            parser_kwargs={"prog": "lightning-rlhf"} if run else {"prog": "lightning-rlhf doctor"},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=arguments,
+            run=run,
+            auto_configure_optimizers=False,
+            # Modules save plain hyperparameters themselves: a checkpoint is the same, made here or in Python.
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Without a method to run, its arguments that recipes may hold are accepted all the same."""
+        if not self._runs():
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help="Not used.")
+            parser.add_argument("--weights_only", type=bool | None, default=None, help="Not used.")
+
+    def _runs(self) -> bool:
+        return "_subcommand_method_arguments" in vars(self)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone.
+
+        LightningCLI would silently put the checkpoint's hyperparameters over it, its class included: a checkpoint
+        of another algorithm would train that one, and a new learning rate would be ignored.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        """Load checkpoints with ``weights_only`` unless told otherwise."""
+        if self.subcommand and self.config[self.subcommand].get("weights_only") is None:
+            self.config[self.subcommand]["weights_only"] = True
+
+
+def _trainer_command(name: str, arguments: list[str]) -> None:
+    # LightningCLI warns where it is given arguments while sys.argv holds some; here they are the same.
+    before, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        RLHFCLI([name, *arguments])
+    finally:
+        sys.argv = before
+
+
+def fit(arguments: list[str]) -> None:
+    """Train."""
+    _trainer_command("fit", arguments)
+
+
+def validate(arguments: list[str]) -> None:
+    """Evaluate on the validation set."""
+    _trainer_command("validate", arguments)
+
+
+def test(arguments: list[str]) -> None:
+    """Evaluate on the test set."""
+    _trainer_command("test", arguments)
+
+
+def predict(arguments: list[str]) -> None:
+    """Write predictions."""
+    _trainer_command("predict", arguments)

@@ -1,0 +1,77 @@
+import random
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_rlhf.data.packing import PromptGroup
+from tests.models.families import VOCABULARY, tiny
+from tests.tokenizers import letters
+
+
+def random_groups(count, num_completions, seed=0):
+    draw = random.Random(seed)
+    ids = lambda low, high: [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(low, high))]  # noqa: E731
+    return [
+        PromptGroup(ids(1, 9), [ids(1, 9) for _ in range(num_completions)], row_id=row)
+        for row in range(count)
+    ]
+
+
+@pytest.fixture
+def tokenizer():
+    return letters()
+
+
+@pytest.fixture
+def llama():
+    return tiny("LlamaConfig")
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny("LlamaConfig").save_pretrained(path)
+    letters().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A stock Trainer on the CPU that logs to memory only."""
+
+    def make(**settings):
+        defaults = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "log_every_n_steps": 1,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(**{**defaults, **settings})
+
+    return make
+
+
+class Gradients(L.Callback):
+    """Keep the gradient that the optimizer sees at every step, and the logged losses."""
+
+    def __init__(self):
+        self.steps, self.losses = [], []
+
+    def on_train_start(self, trainer, module):
+        def keep(*_):
+            self.steps.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+
+        trainer.optimizers[0].register_step_post_hook(keep)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        # The module logs after the callbacks of a batch's end, so each loss is read at the next start.
+        if "train/loss" in trainer.callback_metrics:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    def on_train_epoch_end(self, trainer, module):
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
