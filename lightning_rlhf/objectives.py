@@ -23,6 +23,10 @@ class Objective:
         """One loss per pair, from log-probabilities of whole completions, each ``(N,)``."""
         raise NotImplementedError(f"{type(self).__name__} names no loss")
 
+    def rewards(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """The reward that the policy implies for each completion, ``(N,)``."""
+        raise NotImplementedError(f"{type(self).__name__} names no reward")
+
     def to_config(self) -> dict[str, Any]:
         """Plain values that a checkpoint or a YAML file can hold."""
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": asdict(self)}
@@ -70,3 +74,7 @@ class Sigmoid(Objective):
             beta=self.beta,
             label_smoothing=self.label_smoothing,
         )
+
+    def rewards(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """The implicit rewards; see :func:`lightning_rlhf.functional.implicit_rewards`."""
+        return RF.implicit_rewards(logps, ref_logps, beta=self.beta)

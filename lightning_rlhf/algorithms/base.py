@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.data.packing import PackedBatch
@@ -44,6 +46,9 @@ class Algorithm(L.LightningModule):
     """
 
     metric_names: tuple[str, ...] = ()
+    policy: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    num_tokens: Total
 
     def __init__(
         self,
@@ -54,12 +59,15 @@ class Algorithm(L.LightningModule):
         super().__init__()
         self.policy_settings, built = as_policy(policy)
         self.optimization = as_settings(Optimization, optimization) or Optimization()
-        if self.policy_settings is None and tokenizer is None:
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+        elif self.policy_settings is not None:
+            remote = self.policy_settings.trust_remote_code
+            self.tokenizer = load_tokenizer(self.policy_settings.path, trust_remote_code=remote)
+        else:
             raise ValueError("a built model needs its tokenizer: pass tokenizer=… as well")
-        self.tokenizer = tokenizer or load_tokenizer(
-            self.policy_settings.path, trust_remote_code=self.policy_settings.trust_remote_code
-        )
-        self.policy: LanguageModel | None = None if built is None else as_language_model(built)
+        if built is not None:
+            self.policy = as_language_model(built)
         self.metrics = nn.ModuleDict(
             {
                 metric_key(stage, name): Mean()
@@ -77,7 +85,7 @@ class Algorithm(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, once: Lightning calls this inside the strategy's context."""
-        if self.policy is None:
+        if "policy" not in self._modules and self.policy_settings is not None:
             self.policy = load_language_model(self.policy_settings)
             self.on_policy_loaded()
 
@@ -101,11 +109,14 @@ class Algorithm(L.LightningModule):
                 "optimization.allow_half_precision_weights: true"
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with warmup and cosine decay, or what ``optimization`` says."""
         optimizer = build_optimizer(self.named_parameters(), self.optimization)
         schedule = build_schedule(optimizer, self.optimization, self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": LRSchedulerConfigType(scheduler=schedule, interval="step"),
+        }
 
     # --- one optimizer step ---------------------------------------------------------------------------------------
 
@@ -164,13 +175,16 @@ class Algorithm(L.LightningModule):
     def record(self, stage: str, batch: PackedBatch, values: Mapping[str, Tensor]) -> None:
         """Add values to the running means of a stage; nothing is synchronised here."""
         for name, value in values.items():
-            self.metrics[metric_key(stage, name)].update(value)
+            self._mean(stage, name).update(value)
         if stage == "train":
             self.num_tokens.update(batch.input_ids.numel())
 
+    def _mean(self, stage: str, name: str) -> Mean:
+        return cast(Mean, self.metrics[metric_key(stage, name)])
+
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:  # noqa: ANN401
         """Log the means since the last log, every ``log_every_n_steps`` optimizer steps."""
-        every = self.trainer.log_every_n_steps
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._stepped and every and self.global_step % every == 0:
             self._log_means("train")
         self._stepped = False
@@ -188,7 +202,7 @@ class Algorithm(L.LightningModule):
         return {}
 
     def _log_means(self, stage: str) -> None:
-        means = {name: self.metrics[metric_key(stage, name)] for name in self.metric_names}
+        means = {name: self._mean(stage, name) for name in self.metric_names}
         values = {name: metric.compute().float() for name, metric in means.items() if metric.update_called}
         for metric in means.values():
             metric.reset()
@@ -200,7 +214,7 @@ class Algorithm(L.LightningModule):
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
         """Everything but the frozen base and a reference model: both come from where they were loaded."""
         state = super().state_dict(*args, **kwargs)
         trained = {
@@ -281,11 +295,15 @@ def as_settings(cls: type, value: Any) -> Any:  # noqa: ANN401 - any settings cl
 
 def as_language_model(model: nn.Module) -> LanguageModel:
     """A built model as a :class:`LanguageModel`."""
-    return model if isinstance(model, LanguageModel) else LanguageModel(model)
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, PreTrainedModel | PeftModel):
+        return LanguageModel(model)
+    raise TypeError(f"policy must be a Transformers or PEFT model, got {type(model).__name__}")
 
 
 def plain(settings: Any) -> Any:  # noqa: ANN401 - any settings class
     """Settings as plain values, which a checkpoint can hold under ``weights_only``; None for a built model."""
     if isinstance(settings, nn.Module):
         return None
-    return asdict(settings) if is_dataclass(settings) else settings
+    return asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings

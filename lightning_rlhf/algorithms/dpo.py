@@ -82,7 +82,7 @@ class DPO(Algorithm):
                 "cache_dir": cache_dir,
             }
         )
-        if self.policy is not None:
+        if self.policy_settings is None:
             self.on_policy_loaded()
 
     # --- the reference --------------------------------------------------------------------------------------------
@@ -107,6 +107,8 @@ class DPO(Algorithm):
         """Log-probabilities of the completions under the reference, ``(N,)``: computed now, or looked up."""
         if self.reference_cache is not None and stage in self.reference_cache:
             return self.reference_cache.lookup(stage, batch)
+        if self.reference is None:
+            raise ValueError(f"no reference log-probabilities for {stage!r}: set precompute_reference: false")
         return self.reference(batch)
 
     def _assert_equal_at_start(self, logps: Tensor, ref_logps: Tensor, batch: PackedBatch) -> None:
@@ -152,7 +154,7 @@ class DPO(Algorithm):
 
     def rewards(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
         """The implicit rewards of completions, ``(N,)``."""
-        return RF.implicit_rewards(logps, ref_logps, beta=self.objective.beta)
+        return self.objective.rewards(logps, ref_logps)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of a micro-batch; see :meth:`Algorithm.step_mean`."""

@@ -26,4 +26,4 @@ def export(
 
 def main(arguments: list[str]) -> None:
     """Run :func:`export` with arguments of the command line."""
-    run_function(export, arguments, positional=True)
+    run_function(export, arguments, positional="checkpoint")

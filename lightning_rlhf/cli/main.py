@@ -1,6 +1,7 @@
 """From the command line to a command; nothing heavy is imported before it is known which."""
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"lightning-rlhf {__version__}")
         return
     if words[0] not in COMMANDS:
-        _fail(f"no command {words[0]!r}{_suggestion(words[0])}; the commands are {', '.join(COMMANDS)}", USAGE)
+        _fail(
+            f"no command {words[0]!r}{_suggestion(words[0])}; the commands are {', '.join(COMMANDS)}", USAGE
+        )
     run(words[0], words[1:], debug=debug)
 
 
@@ -79,6 +82,8 @@ def run(name: str, arguments: list[str], *, debug: bool = False) -> None:
         arguments: What follows it.
         debug: Let exceptions through.
     """
+    # It says at every start that an optional kernel is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     module, _, function = COMMANDS[name].partition(":")
     command: Callable[[list[str]], object] = getattr(importlib.import_module(module), function)
     try:

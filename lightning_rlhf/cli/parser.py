@@ -41,7 +41,7 @@ def unknown_key(report: str, names: list[str]) -> str | None:
         One line, or None where the report is about something else.
 
     Example:
-        >>> unknown_key("Parser key \"model\":\n  Parser key \"optimization\":\n    Option 'lrr' is not accepted", ["lr"])
+        >>> unknown_key('Parser key "model":\n  Parser key "optimization":\n    Option \'lrr\' is not accepted', ["lr"])
         "unknown key 'lrr' in model.optimization (did you mean 'lr'?)"
     """
     found = _WRONG_KEY.search(report)
@@ -60,6 +60,12 @@ def _option_names(parser: LightningArgumentParser) -> list[str]:
 
     import lightning_rlhf as package
 
-    settings = (package.Policy, package.LoRA, package.Quantization, package.Optimization, package.objectives.Sigmoid)
+    settings = (
+        package.Policy,
+        package.LoRA,
+        package.Quantization,
+        package.Optimization,
+        package.objectives.Sigmoid,
+    )
     names = [field.name for cls in settings for field in fields(cls)]
     return names + [action.dest.rsplit(".", 1)[-1] for action in parser._actions]

@@ -1,28 +1,44 @@
 """Plain typed functions as commands."""
 
 from collections.abc import Callable
-from typing import Any
+from inspect import getdoc, signature
+from typing import Any, get_type_hints
 
+from docstring_parser import parse
 from jsonargparse import ArgumentParser
 
 
-def run_function(function: Callable[..., Any], arguments: list[str], *, positional: bool = False) -> Any:  # noqa: ANN401
+def run_function(function: Callable[..., Any], arguments: list[str], *, positional: str | None = None) -> Any:  # noqa: ANN401 - whatever the function returns
     """Parse arguments by a function's signature and docstring, and call it.
 
     Args:
         function: Annotated, with a Google docstring.
         arguments: What follows the command's name.
-        positional: Parameters without a default may be given without their name: the first one only.
+        positional: A parameter that is given without its name.
 
     Returns:
         What the function returns.
+
+    Example:
+        >>> def double(number: int, times: int = 2) -> int:
+        ...     '''Multiply.'''
+        ...     return number * times
+        >>> run_function(double, ["21", "--times", "3"], positional="number")
+        63
     """
-    parser = ArgumentParser(prog=f"lightning-rlhf {function.__name__}", description=(function.__doc__ or "").split("\n")[0])
-    names = [word for word in arguments]
-    if positional and names and not names[0].startswith("-"):
-        names[0] = f"--{next(iter(function.__annotations__))}={names[0]}"
+    documentation = parse(getdoc(function) or "")
+    parser = ArgumentParser(
+        prog=f"lightning-rlhf {function.__name__}", description=documentation.short_description
+    )
     parser.add_argument("-c", "--config", action="config", help="A YAML file with arguments.")
-    parser.add_function_arguments(function, as_group=False)
-    values = parser.instantiate_classes(parser.parse_args(names))
-    values.pop("config", None)
-    return function(**values)
+    texts = {parameter.arg_name: parameter.description for parameter in documentation.params}
+    types = get_type_hints(function)
+    # jsonargparse would ask for a value: `--overwrite true`.
+    flags = {name for name, parameter in signature(function).parameters.items() if parameter.default is False}
+    if positional is not None:
+        parser.add_argument(positional, type=types[positional], help=texts.get(positional))
+    parser.add_function_arguments(function, as_group=False, skip=flags | {positional or ""})
+    for name in sorted(flags):
+        parser.add_argument(f"--{name}", action="store_true", help=texts.get(name))
+    values = parser.instantiate_classes(parser.parse_args(arguments))
+    return function(**{name: value for name, value in vars(values).items() if name != "config"})

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,7 +111,9 @@ class PackedBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        moved = {f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved, extras={name: move(value) for name, value in self.extras.items()})
 
     @cached_property
@@ -136,12 +138,18 @@ class PackedBatch:
         for prompt, completions in zip(self.prompt_lengths, self.completion_lengths, strict=True):
             end = start + prompt
             for length in completions:
-                sources.append(torch.cat([torch.arange(start, start + prompt), torch.arange(end, end + length)]))
+                sources.append(
+                    torch.cat([torch.arange(start, start + prompt), torch.arange(end, end + length)])
+                )
                 rows.append(torch.full((prompt + length,), row))
                 columns.append(torch.arange(prompt + length))
                 end, row = end + length, row + 1
             start = end
-        at, column, source = torch.cat(rows).to(device), torch.cat(columns).to(device), torch.cat(sources).to(device)
+        at, column, source = (
+            torch.cat(rows).to(device),
+            torch.cat(columns).to(device),
+            torch.cat(sources).to(device),
+        )
         input_ids = torch.zeros(row, self.max_positions, dtype=torch.long, device=device)
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         input_ids[at, column] = self.input_ids[source]
@@ -193,7 +201,6 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
             num_targets.append(len(counted))
             positions.extend(range(len(group.prompt), len(group.prompt) + len(completion)))
             ids.extend(completion)
-    
     return PackedBatch(
         input_ids=torch.tensor(ids, dtype=torch.long),
         position_ids=torch.tensor(positions, dtype=torch.long),

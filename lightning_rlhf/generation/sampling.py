@@ -1,8 +1,8 @@
 """Sampling completions with Transformers' ``generate``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -102,7 +102,8 @@ def _run(
         if sample
         else {}
     )
-    output = model.model.generate(
+    run = cast(Callable[..., torch.Tensor], model.model.generate)  # PEFT and Transformers type it differently
+    output = run(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=sampling.max_new_tokens,
@@ -121,7 +122,8 @@ def _completion(
 ) -> Completion:
     stop = next((i for i, token in enumerate(row) if token in end), None)
     tokens = row if stop is None else row[: stop + 1]
-    return Completion(prompt, tokens, tokenizer.decode(tokens, skip_special_tokens=True), stop is None)
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return Completion(prompt, tokens, text, stop is None)
 
 
 def _end_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

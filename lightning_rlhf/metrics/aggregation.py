@@ -19,7 +19,8 @@ class _Float64States(Metric):
         super()._apply(fn, *args)
         for name, value in before.items():
             setattr(self, name, value.to(getattr(self, name).device))
-            self._defaults[name] = self._defaults[name].double()
+            default = self._defaults[name]
+            self._defaults[name] = default.double() if isinstance(default, Tensor) else default
         return self
 
 
@@ -35,6 +36,8 @@ class Mean(_Float64States):
     """
 
     full_state_update = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +66,7 @@ class Total(_Float64States):
     """
 
     full_state_update = False
+    total: Tensor
 
     def __init__(self) -> None:
         super().__init__()

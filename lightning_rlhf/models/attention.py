@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -264,24 +264,27 @@ def _by_varlen(
     index, query_offsets, key_offsets, max_queries, max_keys = plan.varlen
     # The kernel aligns its causal window to the last query and the last key, as a completion after its prompt is.
     left = -1 if window is None else window - 1
-    output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1).index_select(0, index),
-        value[0].transpose(0, 1).index_select(0, index),
-        query_offsets,
-        key_offsets,
-        max_queries,
-        max_keys,
-        scale=scaling,
-        window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+    output = cast(
+        Tensor,
+        varlen_attn(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1).index_select(0, index),
+            value[0].transpose(0, 1).index_select(0, index),
+            query_offsets,
+            key_offsets,
+            max_queries,
+            max_keys,
+            scale=scaling,
+            window_size=(left, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        ),
     )
     return output[None]
 
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=True)
+    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True))
 
 
 def _by_flex(
@@ -293,8 +296,10 @@ def _by_flex(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    cap = softcap
+
     def capped(score: Tensor, batch: Tensor, head: Tensor, at: Tensor, to: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return score if cap is None else cap * torch.tanh(score / cap)
 
     # Uncompiled it is FlexAttention's own reference, which is how it is tested where there is no GPU.
     run = _compiled_flex() if query.device.type == "cuda" else flex_attention

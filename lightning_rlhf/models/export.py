@@ -174,7 +174,9 @@ def _adapter(policy: Policy, weights: Mapping[str, Tensor]) -> PeftModel:
 def _merged(policy: Policy, weights: Mapping[str, Tensor], dtype: Dtype) -> PreTrainedModel:
     quantized = policy.quantization is not None
     if quantized and policy.lora and policy.lora.init.lower().startswith(LORA_INITS_THAT_CHANGE_THE_BASE):
-        raise ValueError(f"lora.init {policy.lora.init!r} on a quantised base cannot be merged onto another one")
+        raise ValueError(
+            f"lora.init {policy.lora.init!r} on a quantised base cannot be merged onto another one"
+        )
     name = policy.dtype if dtype == "auto" else dtype
     wanted: torch.dtype | str = "auto" if name == "auto" else getattr(torch, name)
     if quantized and dtype == "auto":
@@ -204,7 +206,9 @@ def _full(policy: Policy, weights: Mapping[str, Tensor], dtype: Dtype) -> PreTra
     persistent = set(model.state_dict())
     lost = [name for name in missing if name in persistent and not _is_buffer(model, name)]
     if lost or unknown:
-        raise ValueError(f"the checkpoint does not fit {policy.path!r}: missing {lost[:3]}, unknown {unknown[:3]}")
+        raise ValueError(
+            f"the checkpoint does not fit {policy.path!r}: missing {lost[:3]}, unknown {unknown[:3]}"
+        )
     return model
 
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -42,6 +42,8 @@ class LanguageModel(nn.Module):
         torch.Size([3])
     """
 
+    model: PreTrainedModel | PeftModel
+
     def __init__(self, model: PreTrainedModel | PeftModel, layout: Layout = "shared_prefix") -> None:
         super().__init__()
         self.model = model
@@ -53,7 +55,9 @@ class LanguageModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Transformers model, adapters inside its layers."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(
+            PreTrainedModel, self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        )
 
     @property
     def config(self) -> Any:  # noqa: ANN401 - every architecture has its own class

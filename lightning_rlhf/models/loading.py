@@ -40,7 +40,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except (OSError, ValueError) as error:
         base = adapter_config(path)
         if base is not None:
-            return load_tokenizer(base.base_model_name_or_path, trust_remote_code=trust_remote_code)
+            return load_tokenizer(base_of(base), trust_remote_code=trust_remote_code)
         raise _not_found("tokenizer", path) from error
 
 
@@ -72,7 +72,7 @@ def load_language_model(policy: Policy) -> LanguageModel:
         raise ValueError("quantised weights cannot be trained: give policy.lora as well (QLoRA)")
     trains_adapter = adapter is not None or policy.lora is not None
     base = load_base(
-        policy.path if adapter is None else str(adapter.base_model_name_or_path),
+        policy.path if adapter is None else base_of(adapter),
         dtype=_dtype(policy.dtype, trains_adapter),
         quantization=policy.quantization,
         trust_remote_code=policy.trust_remote_code,
@@ -152,7 +152,7 @@ def lora_config(lora: LoRA) -> LoraConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        init_lora_weights=True if lora.init == "default" else lora.init,
+        init_lora_weights=True if lora.init == "default" else lora.init,  # type: ignore[arg-type]
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
@@ -207,10 +207,23 @@ def adapter_config(path: str) -> PeftConfig | None:
     return PeftConfig.from_pretrained(path)
 
 
+def base_of(adapter: PeftConfig) -> str:
+    """Where an adapter's base model is.
+
+    Raises:
+        ValueError: If its configuration does not say.
+    """
+    if adapter.base_model_name_or_path is None:
+        raise ValueError(
+            "adapter_config.json names no base_model_name_or_path: add the base model's path to it"
+        )
+    return adapter.base_model_name_or_path
+
+
 def model_config(policy: Policy) -> Any:  # noqa: ANN401 - every architecture has its own class
     """The Transformers configuration of a policy, without its weights."""
     adapter = adapter_config(policy.path)
-    path = policy.path if adapter is None else adapter.base_model_name_or_path
+    path = policy.path if adapter is None else base_of(adapter)
     return AutoConfig.from_pretrained(path, trust_remote_code=policy.trust_remote_code)
 
 

@@ -46,7 +46,7 @@ class Reference(nn.Module):
         self._policy = (policy,)
         if self.kind == "model":
             self.model = copy.deepcopy(policy).requires_grad_(False)
-        elif self.kind == "adapter":
+        elif self.kind == "adapter" and isinstance(policy.model, PeftModel):
             _copy_adapter(policy.model)
 
     def _role(self, policy: LanguageModel) -> AbstractContextManager[object]:
@@ -80,7 +80,7 @@ def reference_kind(policy: LanguageModel) -> ReferenceKind:
     """
     if not isinstance(policy.model, PeftModel):
         return "model"
-    init = policy.model.peft_config[POLICY_ADAPTER].init_lora_weights
+    init = policy.model.peft_config[POLICY_ADAPTER].to_dict().get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(LORA_INITS_THAT_CHANGE_THE_BASE):
         raise ValueError(
             f"lora.init {init!r} changes the base, so that the base without adapter is a different model and no "
