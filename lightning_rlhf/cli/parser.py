@@ -31,7 +31,7 @@ class ConfigParser(LightningArgumentParser):
 
 
 def unknown_key(report: str, names: list[str]) -> str | None:
-    """The key that no class accepts, from jsonargparse's nested report.
+    r"""The key that no class accepts, from jsonargparse's nested report.
 
     Args:
         report: The report.

@@ -37,7 +37,7 @@ def run_function(function: Callable[..., Any], arguments: list[str], *, position
     flags = {name for name, parameter in signature(function).parameters.items() if parameter.default is False}
     if positional is not None:
         parser.add_argument(positional, type=types[positional], help=texts.get(positional))
-    parser.add_function_arguments(function, as_group=False, skip=flags | {positional or ""})
+    parser.add_function_arguments(function, as_group=False, skip={*flags, positional or ""})
     for name in sorted(flags):
         parser.add_argument(f"--{name}", action="store_true", help=texts.get(name))
     values = parser.instantiate_classes(parser.parse_args(arguments))

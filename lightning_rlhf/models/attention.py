@@ -302,7 +302,8 @@ def _by_flex(
         return score if cap is None else cap * torch.tanh(score / cap)
 
     # Uncompiled it is FlexAttention's own reference, which is how it is tested where there is no GPU.
-    run = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    reference = cast(Callable[..., Tensor], flex_attention)
+    run = _compiled_flex() if query.device.type == "cuda" else reference
     output = run(
         query,
         key,

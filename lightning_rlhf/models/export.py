@@ -58,7 +58,7 @@ def export_checkpoint(
     weights = policy_weights(content["state_dict"])
     trains_adapter = any(is_adapter(name) for name in weights)
     if trains_adapter and not merge:
-        model: nn.Module = _adapter(policy, weights)
+        model: PreTrainedModel | PeftModel = _adapter(policy, weights)
         kind = f"adapter of {_adapter_base(policy)}"
     elif trains_adapter:
         model, kind = _merged(policy, weights, dtype), "merged model"
@@ -71,10 +71,10 @@ def export_checkpoint(
     return f"{content['algorithm']} {kind}"
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
+def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Save a Transformers model, or the policy's adapter of a PEFT model, as safetensors."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder, selected_adapters=[POLICY_ADAPTER], save_embedding_layers=False)
+        model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], save_embedding_layers=False)
     else:
         model.save_pretrained(folder)
 
@@ -184,7 +184,8 @@ def _merged(policy: Policy, weights: Mapping[str, Tensor], dtype: Dtype) -> PreT
     base = load_base(_adapter_base(policy), dtype=wanted, trust_remote_code=policy.trust_remote_code)
     model = get_peft_model(base, _peft_config(policy), adapter_name=POLICY_ADAPTER)
     _load_adapter(model, weights, assign=False)
-    return model.merge_and_unload(safe_merge=True)
+    merged: Any = model.merge_and_unload(safe_merge=True)
+    return merged
 
 
 def _load_adapter(model: PeftModel, weights: Mapping[str, Tensor], *, assign: bool) -> None:

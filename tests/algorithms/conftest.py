@@ -64,7 +64,9 @@ class Gradients(L.Callback):
 
     def on_train_start(self, trainer, module):
         def keep(*_):
-            self.steps.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+            self.steps.append(
+                torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+            )
 
         trainer.optimizers[0].register_step_post_hook(keep)
 

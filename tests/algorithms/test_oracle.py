@@ -52,4 +52,6 @@ def test_dpo_on_the_full_preference_distribution_reaches_the_tilted_reference(se
     with torch.no_grad():
         found = log_distribution(module.policy)
     assert (found.exp() - target.exp()).abs().max() < 1e-3
-    assert (target.exp() - torch.full((8,), 1 / 8)).abs().max() > 0.05  # the target is no uniform distribution
+    assert (
+        target.exp() - torch.full((8,), 1 / 8)
+    ).abs().max() > 0.05  # the target is no uniform distribution

@@ -1,0 +1,40 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(algorithm, model_dir, lora, devices, output):
+    """Under `timeout -k`: a hang between two processes does not end on SIGTERM."""
+    command = ["timeout", "-k", "5", "120", sys.executable, "-m", "tests.algorithms.ddp_worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, algorithm, model_dir, lora, str(devices), str(output)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(devices)]
+
+
+@pytest.mark.parametrize(("algorithm", "lora"), [("SFT", "full"), ("DPO", "lora")])
+def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
+    (one,) = run(algorithm, llama_dir, lora, 1, tmp_path / "one")
+    two = run(algorithm, llama_dir, lora, 2, tmp_path / "two")
+    assert len(one["gradients"]) == 2
+    for rank in two:
+        for a, b in zip(one["gradients"], rank["gradients"], strict=True):
+            assert (a - b).norm() / a.norm() < 1e-5
+        assert rank["metrics"] == two[0]["metrics"]
+    assert torch.equal(two[0]["weights"], two[1]["weights"])  # every adapter is equal on both ranks
+    assert two[0]["metrics"].keys() == one["metrics"].keys()
+    for name, value in one["metrics"].items():
+        assert two[0]["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
