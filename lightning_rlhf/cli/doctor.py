@@ -10,16 +10,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.table import Table
 
-from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms import DPO
 from lightning_rlhf.algorithms.base import Algorithm
+from lightning_rlhf.cli.doctor_tables import data_tables, facts_table, plain_table, roles_table
 from lightning_rlhf.cli.tokens import first_example, render
 from lightning_rlhf.cli.training import RLHFCLI
 from lightning_rlhf.data.packing import PackedBatch
-from lightning_rlhf.models.language_model import is_adapter
-from lightning_rlhf.models.reference import REFERENCE_ADAPTER
 
 LEGEND = "[ ] and green: learned from; dim: prompt; yellow: not learned from; magenta: special token; | between tokens"
 
@@ -104,7 +101,7 @@ class Examination(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what the step cost."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        table = _table("one optimizer step (thrown away)")
+        table = plain_table("one optimizer step (thrown away)")
         for name in ("train/loss", "train/mean_token_accuracy", "train/entropy", "train/rewards/margins"):
             if name in values:
                 table.add_row(name.removeprefix("train/"), f"{values[name]:.4f}")
@@ -114,124 +111,6 @@ class Examination(Callback):
         if torch.cuda.is_available():
             table.add_row("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
         self.parts.append(table)
-
-
-def data_tables(trainer: L.Trainer, batch: PackedBatch) -> list[Table]:
-    """What was read, cut and dropped, and how much of a batch would be padding."""
-    rows = _table("data")
-    for name, value in report_lines(trainer.datamodule):  # type: ignore[attr-defined]
-        rows.add_row(name, value)
-    padded = batch.num_completions * batch.max_positions
-    whole = sum(
-        (p + c)
-        for p, several in zip(batch.prompt_lengths, batch.completion_lengths, strict=True)
-        for c in several
-    )
-    computed = batch.input_ids.numel()
-    sizes = _table("one micro-batch")
-    sizes.add_row("prompts, completions", f"{batch.num_groups}, {batch.num_completions}")
-    sizes.add_row("tokens computed", f"{computed:,}, each prompt once, without padding")
-    sizes.add_row("one row a completion", f"{whole:,} tokens ({whole / computed:.2f} times as many)")
-    sizes.add_row("the same, padded", f"{padded:,} tokens ({padded / computed:.2f} times as many)")
-    sizes.add_row("tokens learned from", f"{batch.targets.numel():,}")
-    sizes.add_row("longest prompt + completion", f"{batch.max_positions:,} tokens")
-    return [rows, sizes]
-
-
-def report_lines(datamodule: Any) -> list[tuple[str, str]]:  # noqa: ANN401 - any datamodule
-    """Counts of a datamodule's splits as pairs of words; of another's only that there are none."""
-    report = getattr(datamodule, "report", None)
-    if not report:
-        return [("report", "none: not a datamodule of lightning_rlhf")]
-    return [(str(split), str(counts)) for split, counts in report.items()]
-
-
-def roles_table(module: Algorithm) -> Table:
-    """Parameters, trainable ones and dtypes by role."""
-    table = Table(
-        "role", "parameters", "trainable", "dtypes", title="parameters by role", title_justify="left"
-    )
-    roles: dict[str, list[torch.nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        roles.setdefault(role_of(name), []).append(parameter)
-    for role, parameters in roles.items():
-        trainable = sum(_size(p) for p in parameters if p.requires_grad)
-        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-        table.add_row(role, f"{sum(map(_size, parameters)):,}", f"{trainable:,}", dtypes)
-    return table
-
-
-def role_of(name: str) -> str:
-    """The role of a module's parameter.
-
-    Example:
-        >>> role_of("policy.model.lm_head.weight"), role_of("reference.model.lm_head.weight")
-        ('policy', 'reference')
-        >>> role_of("policy.model.q.lora_A.reference.weight"), role_of("policy.model.q.lora_A.default.weight")
-        ('reference adapter', 'policy adapter')
-    """
-    first = name.split(".", 1)[0]
-    if is_adapter(name):
-        return "reference adapter" if f".{REFERENCE_ADAPTER}." in name else f"{first} adapter"
-    return first
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    # A 4-bit parameter holds two or more weights in an element; its state knows the shape.
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
-
-
-def facts_table(trainer: L.Trainer, module: Algorithm, batch: PackedBatch, *, precomputes: bool) -> Table:
-    """Precision, layout, reference and optimizer."""
-    policy = module.policy
-    assert policy is not None
-    window = trainer.accumulate_grad_batches
-    table = _table("how it will run")
-    table.add_row("precision", f"{trainer.precision} on {module.device}")
-    table.add_row("layout", f"{policy.layout_of(batch)}: {policy.layout_reason}")
-    table.add_row("optimizer", str(module.optimization))
-    table.add_row(
-        "groups an optimizer step",
-        f"about {batch.num_groups * window * trainer.world_size} (accumulating {window})",
-    )
-    if isinstance(module, DPO):
-        assert module.reference is not None
-        how = (
-            "another model, given by reference"
-            if module.reference_settings
-            else REFERENCES[module.reference.kind]
-        )
-        table.add_row(
-            "reference", how + (", computed once before training and kept on disk" if precomputes else "")
-        )
-        table.add_row("KL at step 0", kl_at_start(module, batch))
-    else:
-        table.add_row("reference", f"none: {type(module).__name__} needs none")
-    return table
-
-
-REFERENCES = {
-    "base": "the policy's base without its adapter (no memory of its own)",
-    "adapter": "a frozen copy of the adapter the policy starts from, on the same base",
-    "model": "a frozen copy of the policy",
-    "policy": "the untrained policy",
-}
-
-
-@torch.no_grad()
-def kl_at_start(module: DPO, batch: PackedBatch) -> str:
-    """How far policy and reference are apart on a batch, in words: 0 up to rounding."""
-    logps = RF.sum_by_sequence(module.policy(batch).logprobs, batch.target_lengths)
-    gap = logps - module.reference_logps(batch, "doctor")
-    return (
-        f"{gap.mean().item():.2g} nats a completion (mean of log π − log π_ref on {len(gap)} completions of the data; "
-        f"largest {gap.abs().max().item():.2g})"
-    )
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", show_header=False, min_width=60)
 
 
 def main(arguments: list[str]) -> None:

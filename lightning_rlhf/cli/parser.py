@@ -23,6 +23,8 @@ class ConfigParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with code 2."""
+        if not self.exit_on_error:  # a parser of a nested class: the outermost one speaks
+            super().error(message, ex)
         summary = unknown_key(message, _option_names(self))
         print(f"lightning-rlhf: error: {summary or message}", file=sys.stderr)
         if summary:

@@ -40,5 +40,7 @@ def run_function(function: Callable[..., Any], arguments: list[str], *, position
     parser.add_function_arguments(function, as_group=False, skip={*flags, positional or ""})
     for name in sorted(flags):
         parser.add_argument(f"--{name}", action="store_true", help=texts.get(name))
-    values = parser.instantiate_classes(parser.parse_args(arguments))
+    # Renamed in jsonargparse 4.49; the old name warns.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    values = instantiate(parser.parse_args(arguments))
     return function(**{name: value for name, value in vars(values).items() if name != "config"})

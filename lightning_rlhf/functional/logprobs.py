@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 DEFAULT_CHUNK_SIZE = 512
+CPU_BLOCK_ROWS = 16
 
 
 class TokenLogprobs(NamedTuple):
@@ -28,8 +29,9 @@ class TokenLogprobs(NamedTuple):
 class _LogSoftmaxAt(torch.autograd.Function):
     """(logits, targets) → log-softmax at the targets, entropy, and whether the target is the largest logit.
 
-    One function rather than ``log_softmax().gather()``: no second (rows × vocabulary) tensor survives the forward,
-    and the backward writes the gradient of both outputs in one pass. ``logits`` are consumed (overwritten).
+    One function rather than ``log_softmax().gather()``: a single (rows × vocabulary) tensor is kept, and the backward
+    writes the gradient of both outputs over it. That is safe because it always runs under a checkpoint, which
+    computes the tensor again for every backward.
     """
 
     @staticmethod
@@ -39,14 +41,16 @@ class _LogSoftmaxAt(torch.autograd.Function):
         targets: Tensor,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shifted = logits.sub_(logits.amax(-1, keepdim=True))
+        shifted = logits - logits.amax(-1, keepdim=True)
         at_target = shifted.gather(-1, targets[:, None]).squeeze(-1)
-        weights = shifted.exp()
-        total = weights.sum(-1)
+        total, entropy = torch.empty_like(at_target), torch.zeros_like(at_target)
+        for rows in _row_blocks(shifted):
+            weights = shifted[rows].exp()
+            total[rows] = weights.sum(-1)
+            if with_entropy:
+                entropy[rows] = weights.mul_(shifted[rows]).sum(-1)
         log_total = total.log()
-        entropy = (
-            log_total - torch.linalg.vecdot(weights, shifted) / total if with_entropy else torch.zeros(())
-        )
+        entropy = log_total - entropy / total
         correct = at_target == 0
         ctx.set_materialize_grads(False)  # an entropy that is only logged then costs nothing in the backward
         ctx.save_for_backward(shifted, log_total, targets, entropy)
@@ -62,17 +66,22 @@ class _LogSoftmaxAt(torch.autograd.Function):
         _: None,
     ) -> tuple[Tensor, None, None]:
         shifted, log_total, targets, entropy = ctx.saved_tensors
-        logp = shifted - log_total[:, None]
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_total)
         # dlogp_t/dz_j = δ_tj − p_j and dH/dz_j = −p_j (log p_j + H)
-        if grad_entropy is None:
-            grad = logp.exp_().mul_(-grad_logprobs[:, None])
-        else:
-            slope = grad_logprobs[:, None] + grad_entropy[:, None] * (logp + entropy[:, None])
-            grad = logp.exp_().mul_(slope.neg_())
-        grad.scatter_add_(-1, targets[:, None], grad_logprobs[:, None])
-        return grad, None, None
+        for rows in _row_blocks(shifted):
+            slope: Tensor = -grad_logprobs[rows, None]
+            logp = shifted[rows].sub_(log_total[rows, None])
+            if grad_entropy is not None:
+                slope = slope - grad_entropy[rows, None] * (logp + entropy[rows, None])
+            logp.exp_().mul_(slope)
+        return shifted.scatter_add_(-1, targets[:, None], grad_logprobs[:, None]), None, None
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    """Rows that a CPU's cache holds at a time; all of them on a GPU, where a launch costs more than a pass."""
+    size = CPU_BLOCK_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def token_logprobs(
@@ -119,9 +128,10 @@ def token_logprobs(
 
     def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = head(hidden)
-        # A copy even in float32: the softmax below overwrites it, and the head may hand out a tensor it keeps.
-        logits = logits / temperature if temperature != 1.0 else logits.to(torch.float32, copy=True)
-        return _LogSoftmaxAt.apply(logits.float(), targets, with_entropy)
+        logits = logits.float()
+        return _LogSoftmaxAt.apply(
+            logits if temperature == 1.0 else logits / temperature, targets, with_entropy
+        )
 
     def remembered(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if torch.is_grad_enabled():
@@ -131,12 +141,8 @@ def token_logprobs(
     chunks = [
         remembered(h, t) for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     ]
-    logprobs, entropy, correct = (
-        (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        if with_entropy
-        else (torch.cat([chunk[0] for chunk in chunks]), None, torch.cat([chunk[2] for chunk in chunks]))
-    )
-    return TokenLogprobs(logprobs, entropy, correct)
+    logprobs, entropy, correct = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return TokenLogprobs(logprobs, entropy if with_entropy else None, correct)
 
 
 def sum_by_sequence(logprobs: Tensor, lengths: Tensor) -> Tensor:

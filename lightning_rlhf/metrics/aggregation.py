@@ -46,8 +46,9 @@ class Mean(_Float64States):
 
     def update(self, values: Tensor) -> None:
         """Add values, one each; any shape."""
-        self.total += values.detach().sum(dtype=torch.float64)
-        self.count += values.numel()
+        # New tensors, not in place: a state made in inference mode may not be changed outside of it.
+        self.total = self.total + values.detach().sum(dtype=torch.float64)
+        self.count = self.count + values.numel()
 
     def compute(self) -> Tensor:
         """The mean; nan where nothing was seen."""
@@ -74,7 +75,7 @@ class Total(_Float64States):
 
     def update(self, value: float) -> None:
         """Add a number that the host knows."""
-        self.total += value
+        self.total = self.total + value
 
     def compute(self) -> Tensor:
         """The sum over all processes."""
