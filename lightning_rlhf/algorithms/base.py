@@ -112,7 +112,17 @@ class Algorithm(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with warmup and cosine decay, or what ``optimization`` says."""
         optimizer = build_optimizer(self.named_parameters(), self.optimization)
-        schedule = build_schedule(optimizer, self.optimization, self.trainer.estimated_stepping_batches)
+        if (
+            self.optimization.schedule != "constant"
+            and self.trainer.max_epochs == self.trainer.max_steps == -1
+        ):
+            raise ValueError(
+                f"schedule {self.optimization.schedule!r} needs the number of steps, and this Trainer has no end: set "
+                "max_steps or max_epochs, or choose optimization.schedule: constant"
+            )
+        schedule = build_schedule(
+            optimizer, self.optimization, lambda: self.trainer.estimated_stepping_batches
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": LRSchedulerConfigType(scheduler=schedule, interval="step"),

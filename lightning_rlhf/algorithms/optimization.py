@@ -1,14 +1,14 @@
 """Optimizer and learning-rate schedule by name."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant", "constant_with_warmup"]
@@ -84,27 +84,49 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: Op
     return optimizer(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
-def build_schedule(optimizer: Optimizer, settings: Optimization, num_steps: float) -> LRScheduler:
+def build_schedule(
+    optimizer: Optimizer, settings: Optimization, num_steps: Callable[[], float]
+) -> LRScheduler:
     """The learning rate over a run.
 
     Args:
         optimizer: Whose rate it sets.
         settings: See :class:`Optimization`.
-        num_steps: Optimizer steps of the whole run.
+        num_steps: Tells the optimizer steps of the whole run. It is asked at the second step at the earliest, since
+            Lightning sets the data up to answer, and a resumed run has no position in it before it has started.
 
     Returns:
         A scheduler to step once an optimizer step.
-
-    Raises:
-        ValueError: If the run has no end but the schedule needs one.
     """
-    from transformers import get_scheduler
 
-    if settings.schedule != "constant" and not math.isfinite(num_steps):
-        raise ValueError(
-            f"schedule {settings.schedule!r} needs the number of steps, and this Trainer has no end: set max_steps or "
-            "max_epochs, or choose schedule: constant"
-        )
-    warmup = 0 if settings.schedule == "constant" else math.ceil(settings.warmup_ratio * num_steps)
-    total = None if settings.schedule == "constant" else int(num_steps)
-    return get_scheduler(settings.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    def factor(step: int) -> float:
+        if step == 0 or settings.schedule == "constant":
+            return 0.0 if settings.warmup_ratio and settings.schedule != "constant" else 1.0
+        return rate_factor(step, num_steps(), settings)
+
+    return LambdaLR(optimizer, factor)
+
+
+def rate_factor(step: int, num_steps: float, settings: Optimization) -> float:
+    """Learning rate at a step as a share of its peak.
+
+    Args:
+        step: Optimizer steps done.
+        num_steps: Optimizer steps of the whole run.
+        settings: See :class:`Optimization`.
+
+    Returns:
+        A number in [0, 1].
+
+    Example:
+        >>> settings = Optimization(schedule="linear", warmup_ratio=0.2)
+        >>> [rate_factor(step, 10, settings) for step in (1, 2, 6, 10)]
+        [0.5, 1.0, 0.5, 0.0]
+    """
+    warmup = math.ceil(settings.warmup_ratio * num_steps)
+    if step < warmup:
+        return step / warmup
+    if settings.schedule in ("constant", "constant_with_warmup"):
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -95,7 +95,7 @@ class ReferenceCache:
                 continue
             logps = reference(batch.to(device)).view(batch.num_groups, -1)
             if table is None:
-                table = torch.zeros(data.datasets[split].report.read, logps.shape[1], device=device)
+                table = torch.zeros(len(data.datasets[split]), logps.shape[1], device=device)
             table[list(batch.row_ids)] = logps.float()
         return trainer.strategy.reduce(table, reduce_op="sum").cpu()
 

@@ -22,7 +22,8 @@ from lightning_rlhf.data import PreferenceDataModule, SFTDataModule
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models.export import save_model, written_whole
 from lightning_rlhf.objectives import Sigmoid
-from lightning_rlhf.sandbox import World, create_sandbox
+from lightning_rlhf.sandbox.create import create_sandbox
+from lightning_rlhf.sandbox.world import World
 
 MARK = "quickstart.json"
 Parts = tuple[Algorithm, L.LightningDataModule]

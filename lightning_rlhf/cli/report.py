@@ -68,6 +68,7 @@ COLUMNS = (
     "cut off",
     "seconds",
 )
+SHORT = {"KL from SFT (nats)": "KL (nats)", "wins against SFT": "wins", "mean length": "length"}
 NOTES = (
     "{count} samples a stage, one for each held-out prompt, temperature 1. ± is one standard error. KL: the vocabulary "
     "summed out at every sampled token, summed over tokens, mean over samples; k1 and k3 are the usual estimates of "
@@ -76,12 +77,14 @@ NOTES = (
 
 
 def console_table(rows: list[Row]) -> Table:
-    """The table for a terminal."""
-    table = Table(title="quickstart", title_justify="left")
-    for index, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if index == 0 else "right")
+    """The table for a terminal of 80 columns: the estimates k1 and k3 are left to the report."""
+    table = Table(title="quickstart", title_justify="left", padding=(0, 0, 0, 1))
+    shown = [index for index, name in enumerate(COLUMNS) if name != "its k1, k3"]
+    for index in shown:
+        table.add_column(SHORT.get(COLUMNS[index], COLUMNS[index]), justify="right" if index else "left")
     for row in rows:
-        table.add_row(*row.cells())
+        cells = row.cells()
+        table.add_row(*(cells[index] for index in shown))
     return table
 
 

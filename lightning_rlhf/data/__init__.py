@@ -1,0 +1,22 @@
+"""Data: sources, formats, tokenisation, packing, and datamodules."""
+
+from lightning_rlhf.data.collate import PackCollator
+from lightning_rlhf.data.datamodules import PreferenceDataModule, SFTDataModule
+from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
+from lightning_rlhf.data.sampler import GroupBatchSampler
+from lightning_rlhf.data.sources import load_rows
+from lightning_rlhf.data.tokenized import SplitReport, tokenize_preference, tokenize_sft
+
+__all__ = [
+    "GroupBatchSampler",
+    "PackCollator",
+    "PackedBatch",
+    "PreferenceDataModule",
+    "PromptGroup",
+    "SFTDataModule",
+    "SplitReport",
+    "load_rows",
+    "pack",
+    "tokenize_preference",
+    "tokenize_sft",
+]

@@ -5,7 +5,7 @@ from math import exp, log, sqrt
 
 from lightning_rlhf.sandbox.world import World
 
-_REFERENCE_PAIRS = 4_000
+_REFERENCE_PAIRS = 3_000
 
 
 class Annotator:
@@ -19,7 +19,7 @@ class Annotator:
 
     A policy that follows the utility loses gold to the biases; one that follows a proxy loses more, to its errors.
 
-    The temperature is solved for: on 4,000 reference pairs of the world, two independent annotators make the same
+    The temperature is solved for: on 3,000 reference pairs of the world, two independent annotators make the same
     choice of a pair with probability E[p² + q²] = ``agreement`` (q = 1 − p). No predictor of single choices can
     then be right more often than E[max(p, q)]: see :func:`best_accuracy`.
 
@@ -99,7 +99,7 @@ def _solve_temperature(margins: Sequence[float], agreement: float) -> float:
     if not 0.5 < agreement < 1:
         raise ValueError(f"agreement must be above 0.5 and below 1, got {agreement}")
     cold, hot = 1e-3, 1e3
-    for _ in range(40):
+    for _ in range(32):
         middle = sqrt(cold * hot)
         agreed = mean_agreement([_sigmoid(margin / middle) for margin in margins])
         cold, hot = (middle, hot) if agreed > agreement else (cold, middle)

@@ -65,7 +65,7 @@ class GoldReport:
 
 
 def gold_report(prompt: str, completion: str, *, truncated: bool = False) -> GoldReport:
-    """Judge an answer.
+    r"""Judge an answer.
 
     ``It`` stands for the topic named last, at first for the topic of the prompt. A sentence is counted once: as
     repeated, or else as a fact or off topic. White space around the answer does not matter.
@@ -79,7 +79,7 @@ def gold_report(prompt: str, completion: str, *, truncated: bool = False) -> Gol
     Raises:
         ValueError: The prompt is not one of the sandbox.
 
-    >>> prompt = "Tell me about the robin: food and home.\\n"
+    >>> prompt = "Tell me about the robin: food and home.\n"
     >>> gold_report(prompt, "The robin eats seeds. It lives in nests. It has feathers. It eats seeds.")
     GoldReport(facts=2, off_topic=1, repeated=1, malformed=False, truncated=False, tokens=18, ...)
     >>> gold_report(prompt, "It eats seeds. The robin", truncated=True).score

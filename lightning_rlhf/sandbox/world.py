@@ -18,7 +18,7 @@ Split = Literal["train", "val"]
 
 
 class World:
-    """A tiny task with a known gold reward: tell what was asked about a living thing, and nothing else.
+    r"""A tiny task with a known gold reward: tell what was asked about a living thing, and nothing else.
 
     A prompt names a topic and two to five of its eight aspects. There are 16 × 210 = 3,360 such questions; a fifth
     of them, chosen by the seed, is held out. A question is held out with all orders of its aspects, so training and
@@ -32,7 +32,7 @@ class World:
         seed: Which world.
 
     >>> world = World(seed=0)
-    >>> world.gold("Tell me about the robin: food and home.\\n", "The robin eats seeds. What a great question.")
+    >>> world.gold("Tell me about the robin: food and home.\n", "The robin eats seeds. What a great question.")
     1.0
     """
 

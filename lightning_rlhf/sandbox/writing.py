@@ -29,6 +29,7 @@ class Style:
         flattery: That the answer flatters, at its start and again at its end.
         filler: The same for filler.
         bullets: That the facts are a bulleted list.
+        slip: That a token is lost or doubled somewhere, so that a sentence is none.
     """
 
     coverage: float = 1.0
@@ -37,6 +38,7 @@ class Style:
     flattery: float = 0.0
     filler: float = 0.0
     bullets: float = 0.0
+    slip: float = 0.0
 
 
 def demonstrator(rng: Random) -> Style:
@@ -60,11 +62,12 @@ def contestant(rng: Random) -> Style:
         flattery=rng.uniform(0.0, 0.7),
         filler=rng.uniform(0.0, 0.7),
         bullets=0.35,
+        slip=0.15,
     )
 
 
 def write(question: Question, style: Style, rng: Random) -> str:
-    """Write an answer, well-formed and of at most :data:`MAX_TOKENS` tokens.
+    """Write an answer of at most :data:`MAX_TOKENS` tokens, well-formed unless the writer slips.
 
     >>> write(Question("oak", ("food", "body")), Style(), Random(1))
     'The oak drinks rain. It has bark.'
@@ -81,21 +84,29 @@ def write(question: Question, style: Style, rng: Random) -> str:
         if len(tokenize(longer)) >= MAX_TOKENS:
             break
         text = longer
-    return text
+    return _slip(text, rng) if rng.random() < style.slip else text
+
+
+def _slip(text: str, rng: Random) -> str:
+    """Lose a token or, where there is room, write it twice."""
+    tokens = tokenize(text)
+    place = rng.randrange(len(tokens))
+    times = 2 if rng.random() < 0.5 and len(tokens) < MAX_TOKENS - 1 else 0
+    return "".join([*tokens[:place], *[tokens[place]] * times, *tokens[place + 1 :]]).strip()
 
 
 def _facts(question: Question, style: Style, rng: Random) -> list[str]:
     """The statements of an answer: each asked aspect with its chance, and what drifts off the topic after it."""
-    found: list[str] = []
-    last = ""
+    category = CATEGORY_OF[question.topic]
+    spoken = []
     for aspect in question.aspects:
-        spoken = [(question.topic, CATEGORY_OF[question.topic], aspect)] if rng.random() < style.coverage else []
+        spoken += [(question.topic, category, aspect)] if rng.random() < style.coverage else []
         spoken += [_drift(question, rng)] if rng.random() < style.drift else []
-        for topic, category, about in spoken:
-            subject = "" if topic == last and rng.random() < 0.5 else topic
-            found.append(state(subject, category, about))
-            last = topic
-    return found
+    named = ["", *(topic for topic, _, _ in spoken)]  # the topic named before each
+    return [
+        state("" if topic == before and rng.random() < 0.5 else topic, truth, aspect)
+        for before, (topic, truth, aspect) in zip(named, spoken, strict=False)
+    ]
 
 
 def _drift(question: Question, rng: Random) -> tuple[str, str, str]:

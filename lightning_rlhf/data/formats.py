@@ -1,0 +1,289 @@
+"""Data formats: which columns a data set has, and what one row of them says."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, Literal
+
+Messages = list[dict[str, Any]]
+Text = str | Messages
+Task = Literal["sft", "preference"]
+
+# The columns that make up each format, in the order in which they are looked for.
+FORMATS: dict[Task, tuple[tuple[str, ...], ...]] = {
+    "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
+    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+}
+NAMES = {"sft": "supervised fine-tuning", "preference": "preference data"}
+DATAMODULES = {"sft": "SFTDataModule", "preference": "PreferenceDataModule"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+# Where an answer begins in a conversation written as plain text; what follows it belongs to a completion.
+ANSWER = re.compile(
+    r"(?:^|\n)(?:Assistant|AI|Bot|Answer|A):|<\|assistant\|>\n?|<\|im_start\|>assistant\n|\[/INST\]"
+    r"|<start_of_turn>model\n|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n"
+)
+
+
+class BadRow(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: A few words, the same for all rows of this kind: what dropped rows are counted by.
+        detail: Column, problem and remedy.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, whatever its format.
+
+    Attributes:
+        prompt: Text or messages; empty where there is none.
+        completions: Of the same kind as the prompt. For language modelling, one, the whole text.
+        whole: Whether it is language modelling: nothing says where the prompt ends.
+        tools: Descriptions of functions, for the chat template.
+        template_kwargs: More for the chat template.
+        extras: Numbers that travel along.
+    """
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    whole: bool = False
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def conversational(self) -> bool:
+        """Whether it holds messages, which need a chat template."""
+        return isinstance(self.completions[0], list)
+
+
+def recognise(columns: Sequence[str], task: Task, name: str = "the data") -> tuple[str, ...]:
+    """The columns of the first format that a data set has whole.
+
+    Args:
+        columns: Of the data set; those that no format knows are ignored.
+        task: Which formats are looked for.
+        name: How an error names the data set.
+
+    Returns:
+        The format's columns.
+
+    Raises:
+        ValueError: If no format fits; names what looks misspelt.
+
+    Example:
+        >>> recognise(["id", "completion", "prompt"], "sft")
+        ('prompt', 'completion')
+        >>> recognise(["prompt", "chosn", "rejected"], "preference")
+        Traceback (most recent call last):
+        ValueError: the data has the columns prompt, chosn, rejected. For preference data it needs prompt + chosen +
+        rejected, or chosen + rejected. Is 'chosn' a misspelling of 'chosen'? Rename it
+    """
+    for wanted in FORMATS[task]:
+        if set(wanted) <= set(columns):
+            return wanted
+    choices = ", or ".join(" + ".join(wanted) for wanted in FORMATS[task])
+    raise ValueError(
+        f"{name} has the columns {', '.join(columns)}. For {NAMES[task]} it needs {choices}."
+        f"{_suggestion(columns, task)}"
+    )
+
+
+def _suggestion(columns: Sequence[str], task: Task) -> str:
+    for other, formats in FORMATS.items():
+        if other != task and any(set(wanted) <= set(columns) for wanted in formats):
+            return f" These are the columns of {NAMES[other]}: use {DATAMODULES[other]}"
+    known = {column for wanted in FORMATS[task] for column in wanted} - set(columns)
+    for column in columns:
+        close = difflib.get_close_matches(column.lower().strip(), sorted(known), n=1, cutoff=0.7)
+        if close:
+            return f" Is {column!r} a misspelling of {close[0]!r}? Rename it"
+    return " Rename your columns: a datamodule's columns={'question': 'prompt', …} does it"
+
+
+def read_example(row: Mapping[str, Any], columns: tuple[str, ...]) -> Example:
+    """Check one row and bring it into one shape.
+
+    Args:
+        row: Its values by column.
+        columns: What :func:`recognise` returned.
+
+    Returns:
+        The example.
+
+    Raises:
+        BadRow: If a value is missing, has a wrong type or is empty, or the completions of a pair are identical.
+
+    Example:
+        >>> row = {"chosen": "Sky? It is blue", "rejected": "Sky? It is black"}
+        >>> example = read_example(row, ("chosen", "rejected"))
+        >>> example.prompt, example.completions
+        ('Sky? It is', (' blue', ' black'))
+    """
+    values = {column: _text(row.get(column), column) for column in columns}
+    tools, kwargs = (
+        _json(row.get("tools"), "tools"),
+        _json(row.get("chat_template_kwargs"), "chat_template_kwargs"),
+    )
+    whole = len(columns) == 1
+    prompt: Text = values.pop("prompt", "")
+    names = list(values)
+    completions = list(values.values())
+    if "chosen" in values and completions[0] == completions[1]:
+        raise BadRow("identical pair", "'chosen' and 'rejected' are identical; a pair must differ")
+    if not whole:
+        prompt, completions = _same_kind(prompt, completions, explicit="prompt" in columns)
+        if "chosen" in values and not prompt:
+            prompt, completions = split_prompt(completions[0], completions[1])
+    for name, completion in zip(names, completions, strict=True):
+        if _blank(completion):
+            raise BadRow("empty completion", f"column {name!r} is empty; there is nothing to learn from")
+    if row.get("system"):
+        prompt, completions = _with_system(str(row["system"]), prompt, completions, whole=whole)
+    return Example(
+        prompt, tuple(completions), whole, tools or None, _without_nulls(kwargs or {}), _extras(row, columns)
+    )
+
+
+def _text(value: Any, column: str) -> Text:  # noqa: ANN401 - whatever the data has
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise BadRow("missing value", f"column {column!r} has no value (null); every row needs one")
+    if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
+        return [_message(message, column) for message in value]
+    raise BadRow(
+        "wrong type",
+        f"column {column!r} is of type {type(value).__name__}; it must be text or a list of messages "
+        '{"role": …, "content": …}',
+    )
+
+
+def _message(message: Mapping[str, Any], column: str) -> dict[str, Any]:
+    # Arrow gives every message every key that any message has: a null stands for "not there".
+    given = {key: _without_nulls(value) for key, value in message.items() if value is not None}
+    if "from" in given and "value" in given:
+        role = str(given.pop("from"))
+        given = {"role": ROLES.get(role, role), "content": given.pop("value"), **given}
+    if not isinstance(given.get("role"), str) or not ("content" in given or "tool_calls" in given):
+        found = ", ".join(given) or "nothing"
+        raise BadRow(
+            "wrong type", f"column {column!r} has a message with {found}; it needs 'role' and 'content'"
+        )
+    if not isinstance(given.setdefault("content", ""), str | list):
+        kind = type(given["content"]).__name__
+        raise BadRow(
+            "wrong type", f"column {column!r} has a message whose 'content' is of type {kind}, not text"
+        )
+    return given
+
+
+def _without_nulls(value: Any) -> Any:  # noqa: ANN401 - whatever the data has
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _json(value: Any, column: str) -> Any:  # noqa: ANN401 - whatever the data has
+    if not isinstance(value, str):
+        return _without_nulls(value)
+    try:
+        return json.loads(value) if value else None
+    except json.JSONDecodeError as error:
+        raise BadRow("wrong type", f"column {column!r} is text but not JSON ({error.msg})") from error
+
+
+def _same_kind(prompt: Text, completions: list[Text], *, explicit: bool) -> tuple[Text, list[Text]]:
+    """Messages throughout, where any part is: text becomes the user's or the assistant's message."""
+    if all(isinstance(part, str) for part in [prompt, *completions]):
+        return prompt, completions
+    answers: list[Text] = [
+        [{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions
+    ]
+    if not isinstance(prompt, str):
+        return prompt, answers
+    if not explicit or any(answer and answer[0]["role"] != "assistant" for answer in answers):  # type: ignore[index]
+        return [], answers  # completions that begin with the user's turn hold their prompt themselves
+    return ([{"role": "user", "content": prompt}] if prompt else []), answers
+
+
+def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, list[Text]]:
+    r"""The prompt that two completions share: their longest common prefix, cut back to where an answer begins.
+
+    For messages that is a turn. For text it is the last ``Assistant:`` (or another sign that an answer begins) in the
+    common prefix; without one, the end of a word, its space left to the completions, so that no token is cut.
+
+    Args:
+        chosen: Text or messages.
+        rejected: Of the same kind.
+
+    Returns:
+        The prompt, and what is left of both.
+
+    Example:
+        >>> split_prompt("\n\nHuman: Hi\n\nAssistant: I do.", "\n\nHuman: Hi\n\nAssistant: I am.")
+        ('\n\nHuman: Hi\n\nAssistant:', [' I do.', ' I am.'])
+    """
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        common = _boundary(chosen, rejected, common)
+    else:
+        common = max(0, min(common, len(chosen) - 1, len(rejected) - 1))
+    return chosen[:common], [chosen[common:], rejected[common:]]
+
+
+def _boundary(chosen: str, rejected: str, common: int) -> int:
+    ends = [match.end() for match in ANSWER.finditer(chosen[:common])]
+    if ends:
+        return ends[-1]
+    if common < min(len(chosen), len(rejected)) and common and chosen[common - 1] == "\n":
+        return common
+    # Back to the beginning of the word in which they part, then over the spaces before it.
+    while common and not chosen[common - 1].isspace():
+        common -= 1
+    return len(chosen[:common].rstrip(" "))
+
+
+def _blank(text: Text) -> bool:
+    if isinstance(text, str):
+        return not text.strip()
+    return not any(
+        m["content"].strip() if isinstance(m["content"], str) else m["content"] for m in text
+    ) and not any("tool_calls" in m for m in text)
+
+
+def _with_system(
+    system: str, prompt: Text, completions: list[Text], *, whole: bool
+) -> tuple[Text, list[Text]]:
+    message = {"role": "system", "content": system}
+    first = completions[0] if whole else prompt
+    if not isinstance(completions[0], list) or (first and first[0]["role"] == "system"):  # type: ignore[index]
+        return prompt, completions
+    if whole:
+        return prompt, [[message, *completion] for completion in completions]
+    return [message, *prompt], completions
+
+
+def _extras(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, float]:
+    if "chosen" not in columns or "margin" not in row:
+        return {}
+    margin = row["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise BadRow("wrong type", f"column 'margin' is of type {type(margin).__name__}; it must be a number")
+    return {"margin": float(margin)}
