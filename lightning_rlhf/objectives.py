@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lightning_rlhf import functional as RF
 
+__all__ = ["Objective", "Sigmoid"]
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(HELP, end="")
         return
     if words[0] == "--version":
-        from lightning_rlhf import __version__
+        from importlib.metadata import version
 
-        print(f"lightning-rlhf {__version__}")
+        print(f"lightning-rlhf {version('lightning-rlhf')}")
         return
     if words[0] not in COMMANDS:
         _fail(

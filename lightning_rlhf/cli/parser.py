@@ -60,14 +60,10 @@ def _option_names(parser: LightningArgumentParser) -> list[str]:
     """Keys of the parser itself, and of the package's settings, which it knows only once a class is chosen."""
     from dataclasses import fields
 
-    import lightning_rlhf as package
+    from lightning_rlhf.algorithms import Optimization
+    from lightning_rlhf.models import LoRA, Policy, Quantization
+    from lightning_rlhf.objectives import Sigmoid
 
-    settings = (
-        package.Policy,
-        package.LoRA,
-        package.Quantization,
-        package.Optimization,
-        package.objectives.Sigmoid,
-    )
+    settings = (Policy, LoRA, Quantization, Optimization, Sigmoid)
     names = [field.name for cls in settings for field in fields(cls)]
     return names + [action.dest.rsplit(".", 1)[-1] for action in parser._actions]

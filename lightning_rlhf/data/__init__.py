@@ -3,9 +3,10 @@
 from lightning_rlhf.data.collate import PackCollator
 from lightning_rlhf.data.datamodules import PreferenceDataModule, SFTDataModule
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
+from lightning_rlhf.data.report import SplitReport
 from lightning_rlhf.data.sampler import GroupBatchSampler
 from lightning_rlhf.data.sources import load_rows
-from lightning_rlhf.data.tokenized import SplitReport, tokenize_preference, tokenize_sft
+from lightning_rlhf.data.tokenized import tokenize_preference, tokenize_sft
 
 __all__ = [
     "GroupBatchSampler",

@@ -31,6 +31,9 @@ class GroupBatchSampler(DistributedSampler):
         num_replicas: Number of ranks.
         rank: This rank.
 
+    Attributes:
+        used: How many batches of an epoch are taken, where a limit leaves the rest; restoring needs to know.
+
     Raises:
         ValueError: If there is no batch for every rank.
 
@@ -67,6 +70,8 @@ class GroupBatchSampler(DistributedSampler):
                 f"{len(self.lengths)} rows make {len(first)} batches, too few for {num_replicas} ranks with drop_last; "
                 "make batches smaller or set drop_last to false"
             )
+
+        self.used = len(self)
 
     def __len__(self) -> int:
         """Batches of this rank in every epoch."""
@@ -160,7 +165,7 @@ class BatchIterator(Iterator[list[int]]):
         """Go to a stored position, unless the sampler is in a later epoch already."""
         self._batches = None
         self.epoch, self.position = state["epoch"], state["position"]
-        if self.position >= len(self.sampler):
+        if self.position >= min(self.sampler.used, len(self.sampler)):
             self.epoch, self.position = self.epoch + 1, 0
         if self.sampler.epoch > self.epoch:
             self.epoch, self.position = self.sampler.epoch, 0

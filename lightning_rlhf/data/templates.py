@@ -6,7 +6,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from lightning_rlhf.data.formats import BadRow, Example, Messages
+from lightning_rlhf.data.formats import BadRow, Example
+from lightning_rlhf.data.prompts import Messages
 
 UNSTABLE = (
     "the chat template writes earlier turns differently once later ones follow, so the assistant's turns cannot be "

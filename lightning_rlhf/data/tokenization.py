@@ -1,6 +1,6 @@
 """From an example to token ids: prompt, completions, and which of their tokens count."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class Encoder:
         self.eos: int | None = tokenizer.eos_token_id
         self.prefix = _prefix(tokenizer)
         self._template: Template | None = None
+        self._known: dict[str, list[int]] = {}
 
     @property
     def template(self) -> Template:
@@ -110,7 +111,20 @@ class Encoder:
             return 1
         return len(self.prefix) if self.prefix and list(prompt[: len(self.prefix)]) == self.prefix else 0
 
+    def prepare(self, examples: Iterable[Example]) -> None:
+        """Tokenise the plain texts of some examples together, which is faster than one by one."""
+        texts = {""}
+        for example in examples:
+            if not example.conversational:
+                texts |= {str(example.prompt), *(str(example.prompt) + str(c) for c in example.completions)}
+        texts.discard("")
+        listed = sorted(texts)
+        ids = self.tokenizer(listed, add_special_tokens=False, verbose=False)["input_ids"] if listed else []
+        self._known = dict(zip(listed, map(list, ids), strict=True))
+
     def _ids(self, text: str) -> list[int]:
+        if text in self._known:
+            return list(self._known[text])
         return (
             list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
         )

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from lightning_rlhf.data.formats import BadRow, Task, read_example, recognise
+from lightning_rlhf.data.formats import BadRow, Example, Task, read_example, recognise
+from lightning_rlhf.data.report import SplitReport
 from lightning_rlhf.data.tokenization import Encoder, Limits, LossOn, Tokens
 
 OnBadRow = Literal["error", "drop"]
@@ -29,42 +30,6 @@ COLUMNS = {
     "problem": Value("string"),
 }
 DROPPED = dict.fromkeys(COLUMNS) | {"num_tokens": 0, "prompt_cut": False, "completions_cut": 0}
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What became of the rows of one split.
-
-    Attributes:
-        name: Of the source.
-        rows: Rows read.
-        dropped: Rows dropped, by reason.
-        prompts_truncated: Prompts cut from the left.
-        completions_truncated: Completions cut from the right.
-        tokens: Tokens of all groups, each prompt once.
-        notes: What else is worth knowing.
-    """
-
-    name: str
-    rows: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    prompts_truncated: int = 0
-    completions_truncated: int = 0
-    tokens: int = 0
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """One line for people."""
-        total = sum(self.dropped.values())
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        parts = [
-            f"{self.rows:,} rows read from {self.name}, {total:,} dropped"
-            + (f" ({reasons})" if total else ""),
-            f"{self.prompts_truncated:,} prompts and {self.completions_truncated:,} completions truncated",
-            f"{self.tokens:,} tokens",
-            *self.notes,
-        ]
-        return "; ".join(parts)
 
 
 def tokenize_sft(
@@ -163,22 +128,35 @@ class Job:
         """Columns of token ids."""
         names = list(batch)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        records = [self._record(row, index) for row, index in zip(rows, indices, strict=True)]
+        examples = [self._read(row) for row in rows]
+        self.encoder.prepare(example for example in examples if isinstance(example, Example))
+        extras = dict.fromkeys(self.extras(names))
+        records = [
+            extras | self._record(example, index) for example, index in zip(examples, indices, strict=True)
+        ]
+        self.encoder.prepare([])
         return {column: [record[column] for record in records] for column in records[0]}
 
-    def _record(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        at = index if self.source_rows is None else int(self.source_rows[index])
-        extras = {name: None for name in self.extras(row)}
+    def _read(self, row: Mapping[str, Any]) -> Example | BadRow:
         try:
-            tokens = self.encoder(read_example(row, self.columns))
+            return read_example(row, self.columns)
+        except BadRow as problem:
+            return problem
+
+    def _record(self, example: Example | BadRow, index: int) -> dict[str, Any]:
+        at = index if self.source_rows is None else int(self.source_rows[index])
+        try:
+            if isinstance(example, BadRow):
+                raise example
+            tokens = self.encoder(example)
         except BadRow as problem:
             if self.on_bad_row == "error":
                 raise ValueError(
                     f"{self.name}, row {at + 1}: {problem.detail}. Correct or delete the row, or set "
                     "on_bad_row='drop' to leave such rows out and count them"
                 ) from None
-            return {**DROPPED, "source_row": at, "problem": problem.reason, **extras}
-        return {**_columns(tokens), "source_row": at, "problem": "", **extras, **tokens.extras}
+            return {**DROPPED, "source_row": at, "problem": problem.reason}
+        return {**_columns(tokens), "source_row": at, "problem": "", **tokens.extras}
 
     def extras(self, columns: Iterable[str]) -> list[str]:
         """Columns of numbers that travel along."""

@@ -48,6 +48,8 @@ class Annotator:
         format_bias: float = 0.2,
         agreement: float = 0.78,
     ) -> None:
+        if not 0.5 < agreement < 1:
+            raise ValueError(f"agreement must be above 0.5 and below 1, got {agreement}")
         self.world = world
         self.length_bias = length_bias
         self.flattery_bias = flattery_bias
@@ -96,8 +98,6 @@ def best_accuracy(probabilities: Sequence[float]) -> float:
 
 def _solve_temperature(margins: Sequence[float], agreement: float) -> float:
     """Bisection on the logarithm: agreement falls as the temperature rises."""
-    if not 0.5 < agreement < 1:
-        raise ValueError(f"agreement must be above 0.5 and below 1, got {agreement}")
     cold, hot = 1e-3, 1e3
     for _ in range(32):
         middle = sqrt(cold * hot)

@@ -88,7 +88,8 @@ class World:
     def pairs(self, n: int, split: Split = "train", seed: int = 0) -> list[tuple[str, str, str]]:
         """Draw prompts with two different answers, of which nobody has said yet which is better.
 
-        The two are by two writers who may differ much, from excellent to poor.
+        The two are by two writers who may differ much, from excellent to poor; about one answer in seven has a
+        slip that makes it malformed, so that there is something to learn of that.
 
         Returns:
             Triples (prompt, answer, answer).

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from lightning_rlhf.data.formats import BadRow, read_example, recognise, split_prompt
+from lightning_rlhf.data.formats import BadRow, read_example, recognise
+from lightning_rlhf.data.prompts import split_prompt
 
 USER = {"role": "user", "content": "hi"}
 YES = {"role": "assistant", "content": "yes"}

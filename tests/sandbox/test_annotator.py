@@ -77,8 +77,8 @@ def test_biases_move_choices_away_from_gold(world, annotator):
     assert annotator.probability(PROMPT, flattering, text) > 0.6
 
 
-def test_another_agreement(world):
-    assert Annotator(world, agreement=0.9).temperature < Annotator(world, agreement=0.7).temperature
+def test_another_agreement(world, annotator):
+    assert Annotator(world, agreement=0.9).temperature < annotator.temperature
 
 
 @pytest.mark.parametrize("agreement", [0.5, 1.0, 78])

@@ -46,15 +46,12 @@ def test_rows_are_what_datasets_reads(sandbox, name, tmp_path):
     assert (len(rows), rows.column_names) == COLUMNS[name]
 
 
-def test_rows_are_the_worlds(sandbox):
+def test_rows_and_description_are_the_worlds(sandbox):
     world = World(seed=5)
+    annotator = Annotator(world)
     rows = [json.loads(line) for line in sandbox.preferences_val.read_text().splitlines()]
-    assert rows == world.preferences(10, Annotator(world), "val")
-
-
-def test_description(sandbox):
+    assert rows == world.preferences(10, annotator, "val")
     said = json.loads(sandbox.description.read_text())
-    annotator = Annotator(World(seed=5))
     assert said["seed"] == 5
     assert said["annotator"]["agreement"] == annotator.agreement
     assert said["annotator"]["best_accuracy"] == annotator.best_accuracy
@@ -83,11 +80,13 @@ def test_overwrite_replaces_its_own_files_only(sandbox, tmp_path):
     assert _contents(replaced) == _contents(sandbox)
 
 
+def _full(*_):
+    raise OSError("no space left")
+
+
 def test_what_was_interrupted_has_no_description(tmp_path, monkeypatch):
-    create_sandbox(tmp_path, **SMALL)
-    monkeypatch.setattr(
-        "lightning_rlhf.sandbox.create._write_model", lambda *_: (_ for _ in ()).throw(OSError("full"))
-    )
-    with pytest.raises(OSError, match="full"):
+    (tmp_path / "sandbox.json").write_text("{}")
+    monkeypatch.setattr("lightning_rlhf.sandbox.create._write_model", _full)
+    with pytest.raises(OSError, match="no space left"):
         create_sandbox(tmp_path, **SMALL, overwrite=True)
     assert not (tmp_path / "sandbox.json").exists()

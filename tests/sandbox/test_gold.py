@@ -132,3 +132,8 @@ def test_a_predicate_names_one_fact():
     statements = [text for text, sentence in sentences().items() if sentence.kind == "statement"]
     assert len(statements) == 17 * 32
     assert max(len(tokenize(text)) for text in sentences()) == 6
+
+
+def test_size_of_the_language():
+    words = {token.strip().lower() for token in vocabulary() if token.strip().isalpha()}
+    assert len(words) == 112

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_rlhf.sandbox import Annotator, World, build_policy, build_tokenizer
+from lightning_rlhf.sandbox import World, build_policy, build_tokenizer
 from lightning_rlhf.sandbox.language import sentences, tokenize
 
 
@@ -96,10 +96,10 @@ def test_saved_and_loaded(tokenizer, rows, tmp_path):
 
 def test_an_untrained_policy_is_judged(tokenizer):
     world = World(seed=0)
-    annotator = Annotator(world)
     prompt = world.prompts(1)[0]
     ids = torch.tensor([tokenizer(prompt).input_ids])
     output = build_policy(tokenizer).generate(input_ids=ids, max_new_tokens=64, do_sample=True)
     text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    assert world.report(prompt, text, truncated=True).malformed
-    assert annotator.utility(prompt, text, truncated=True) < 0
+    report = world.report(prompt, text, truncated=True)
+    assert report.malformed
+    assert report.score < 0

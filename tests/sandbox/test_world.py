@@ -91,6 +91,8 @@ def test_pairs_differ_and_are_of_broad_quality(world):
     pairs = world.pairs(1500)
     assert all(a != b for _, a, b in pairs)
     assert max(len(tokenize(text)) for pair in pairs for text in pair[1:]) < MAX_TOKENS
+    malformed = mean(world.report(prompt, text).malformed for prompt, *both in pairs for text in both)
+    assert 0.1 < malformed < 0.2
     scores = [world.gold(prompt, text) for prompt, *both in pairs for text in both]
     assert stdev(scores) > 1.2
     assert min(scores) < -1.5
