@@ -308,7 +308,8 @@ def as_language_model(model: nn.Module) -> LanguageModel:
     if isinstance(model, LanguageModel):
         return model
     if isinstance(model, PreTrainedModel | PeftModel):
-        return LanguageModel(model)
+        # `from_pretrained` hands models out in eval mode, where dropout and checkpointing would stay off in training.
+        return LanguageModel(model.train())
     raise TypeError(f"policy must be a Transformers or PEFT model, got {type(model).__name__}")
 
 

@@ -155,8 +155,10 @@ def test_dpo_of_a_real_model_on_real_pairs(layout, assets, trainer, tmp_path):
     policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     rows = load_rows(assets / "preferences" / "hh_helpful_test.jsonl.gz").select(range(12))
     rows = rows.filter(lambda row: row["chosen"] != row["rejected"])
-    tokenized = tokenize_preference(rows, AutoTokenizer.from_pretrained(path), max_length=256, on_bad_row="drop")[0]
-    groups = [group_of(row) for row in tokenized][:4]
+    tokenized = tokenize_preference(
+        rows, AutoTokenizer.from_pretrained(path), max_length=128, on_bad_row="drop"
+    )[0]
+    groups = [group_of(row) for row in tokenized][:3]
     expected = theirs(their_dpo(copy.deepcopy(policy), copy.deepcopy(policy), tmp_path), pairs(groups))
     found = ours(
         DPO(LanguageModel(policy, layout=layout), letters(), objective=Sigmoid(beta=BETA)), groups, trainer

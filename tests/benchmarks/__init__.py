@@ -1,0 +1,1 @@
+"""Speed and memory beside TRL: ``python -m tests.benchmarks``."""

@@ -1,0 +1,173 @@
+"""Interleaved steps of competitors on the same batches, and what they amount to."""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_rlhf.data.packing import pack
+from tests.benchmarks.competitors import TRL_SETTINGS
+from tests.benchmarks.worker import Spec, Step, Worker
+from tests.benchmarks.workload import FORWARD, TRAINED, Task, Workload, load, model_flops
+
+MATMUL_SIZE = 2_048
+PRECISIONS: dict[Task, list[str]] = {"dpo": ["32-true", "bf16-mixed"], "sft": ["32-true"]}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        assets: Folder of the real data.
+        steps: Measured steps a competitor, after one to warm up.
+        threads: Of every process, one of which computes at a time.
+        verbose: Show what the competitors print.
+    """
+
+    assets: Path
+    steps: int
+    threads: int
+    verbose: bool
+
+
+Result = dict[str, Any]
+
+
+def run(settings: Settings, only: str | None, precision: str | None) -> list[Result]:
+    """Every part, or one."""
+    results = []
+    for task in ("dpo", "sft"):
+        if only in (None, task):
+            workload = load(task, settings.assets, settings.steps + 1)
+            for each in PRECISIONS[task]:
+                if precision in (None, each):
+                    results.append(compare(settings, workload, each))
+    if only in (None, "overhead"):
+        results.append(overhead(settings, load("dpo", settings.assets, 2 * settings.steps + 1)))
+    return results
+
+
+def compare(settings: Settings, workload: Workload, precision: str) -> Result:
+    """Our step beside TRL's in the setting in which TRL is fastest."""
+    best, tried = _best_setting(settings, workload, precision)
+    matmul = Matmul(settings.threads)
+    ours, theirs = _start(settings, workload, precision, "ours"), _start(settings, workload, precision, best)
+    steps = _interleave(f"{workload.task} {precision}", workload, [ours, theirs], matmul)
+    a, b = steps["ours"], steps[best]
+    passes = TRAINED + FORWARD if workload.task == "dpo" else TRAINED
+    flops = [model_flops(pack(groups), passes) for groups in workload.batches[1:]]
+    shares = [f / s.seconds / m for f, s, m in zip(flops, a, matmul.rates[1:], strict=True)]
+    return {
+        "task": workload.task,
+        "precision": precision,
+        "trl_setting": best,
+        "trl_settings_tried": tried,
+        "speed_ratio": _median(y.seconds / x.seconds for x, y in zip(a, b, strict=True)),
+        "token_ratio": sum(y.tokens for y in b) / sum(x.tokens for x in a),
+        "matmul_share": _median(shares),
+        "matmul_flops": statistics.median(matmul.rates),
+        "largest_loss_difference": max(abs(x.loss - y.loss) / abs(y.loss) for x, y in zip(a, b, strict=True)),
+        "ours": _summary(a),
+        "trl": _summary(b),
+    }
+
+
+def overhead(settings: Settings, workload: Workload) -> Result:
+    """Our step in a Trainer beside the same forward, loss, backward and optimizer in a bare loop."""
+    workers = [_start(settings, workload, "32-true", name) for name in ("ours", "bare")]
+    steps = _interleave("overhead", workload, workers)
+    a, b = steps["ours"], steps["bare"]
+    return {
+        "task": "overhead",
+        "overhead": _median(x.seconds / y.seconds for x, y in zip(a, b, strict=True)) - 1,
+        "overhead_of_fastest": min(x.seconds / x.tokens for x in a) / min(y.seconds / y.tokens for y in b)
+        - 1,
+        "ours": _summary(a),
+        "bare": _summary(b),
+    }
+
+
+def _best_setting(settings: Settings, workload: Workload, precision: str) -> tuple[str, dict[str, Any]]:
+    """Two steps of each of TRL's settings, one after the other; the second counts."""
+    tried: dict[str, Any] = {}
+    sizes = [sum(len(g.prompt) for g in batch) for batch in workload.batches]
+    typical = workload.batches[sizes.index(statistics.median_low(sizes))]
+    for name in TRL_SETTINGS[workload.task]:
+        worker = _start(settings, workload, precision, name)
+        try:
+            worker.step(typical)
+            tried[name] = worker.step(typical).seconds
+        except RuntimeError as problem:
+            tried[name] = str(problem).strip().splitlines()[-1]
+        finally:
+            worker.close()
+        _say(f"{workload.task} {precision}: TRL, {name}: {tried[name]}")
+    timed = {name: value for name, value in tried.items() if isinstance(value, float)}
+    return min(timed, key=lambda name: timed[name]), tried
+
+
+def _start(settings: Settings, workload: Workload, precision: str, name: str) -> Worker:
+    return Worker(Spec(name, workload.task, precision, settings.threads, settings.verbose))
+
+
+def _interleave(
+    title: str, workload: Workload, workers: list[Worker], matmul: "Matmul | None" = None
+) -> dict[str, list[Step]]:
+    """Every batch by every worker in turn, the order changing; the first batch warms up."""
+    steps: dict[str, list[Step]] = {worker.name: [] for worker in workers}
+    try:
+        for at, batch in enumerate(workload.batches):
+            for worker in workers if at % 2 else workers[::-1]:
+                if matmul is not None and worker.name == "ours":
+                    matmul.measure()
+                steps[worker.name].append(worker.step(batch))
+            seconds = ", ".join(f"{name} {done[-1].seconds:.2f} s" for name, done in steps.items())
+            _say(f"{title}, batch {at} of {len(workload.batches) - 1}: {seconds}")
+    finally:
+        for worker in workers:
+            worker.close()
+    return {name: done[1:] for name, done in steps.items()}
+
+
+class Matmul:
+    """FLOPs a second of a large float32 matrix product, measured beside the steps."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.rates: list[float] = []
+        self._a, self._b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE) for _ in range(2))
+        for _ in range(3):
+            self._a @ self._b
+
+    def measure(self) -> None:
+        """The median of five products."""
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            self._a @ self._b
+            seconds.append(time.perf_counter() - start)
+        self.rates.append(2 * MATMUL_SIZE**3 / statistics.median(seconds))
+
+
+def _median(values: Any) -> float:
+    return statistics.median(list(values))
+
+
+def _summary(steps: list[Step]) -> Result:
+    return {
+        "seconds": [round(step.seconds, 4) for step in steps],
+        "median_seconds": statistics.median(step.seconds for step in steps),
+        "tokens": [step.tokens for step in steps],
+        "tokens_per_step": statistics.mean(step.tokens for step in steps),
+        "peak_mib": max(step.peak for step in steps),
+        "peak_above_baseline_mib": max(step.peak - step.baseline for step in steps),
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,60 @@
+"""The numbers as one Markdown table."""
+
+from typing import Any
+
+from tests.benchmarks.workload import BATCH_SIZE
+
+TITLES = {"dpo": "DPO, hh_helpful", "sft": "SFT, gsm8k"}
+HEADER = (
+    "what",
+    "precision",
+    "faster",
+    "s a step",
+    "tokens saved",
+    "tokens a step",
+    "peak MiB",
+    "above the models",
+    "of a matmul",
+    "TRL's setting",
+)
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """A table with a row for each comparison, ours before TRL's in every cell that has two."""
+    rows = [_compared(result) if result["task"] in TITLES else _overhead(result) for result in results]
+    lines = [HEADER, tuple("---" for _ in HEADER), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    note = (
+        f"Batches of {BATCH_SIZE}, the same for both; where a cell has two numbers, ours comes first. `faster` is the "
+        "median over steps of TRL's time over ours, `tokens saved` its tokens over ours. `of a matmul`: model FLOPs a "
+        "second, recomputation not counted, over those of a large float32 matrix product."
+    )
+    return f"{table}\n\n{note}"
+
+
+def _compared(result: dict[str, Any]) -> tuple[str, ...]:
+    ours, theirs = result["ours"], result["trl"]
+    return (
+        TITLES[result["task"]],
+        result["precision"],
+        f"{result['speed_ratio']:.1f}×",
+        f"{ours['median_seconds']:.2f} / {theirs['median_seconds']:.2f}",
+        f"{result['token_ratio']:.2f}×",
+        f"{ours['tokens_per_step']:,.0f} / {theirs['tokens_per_step']:,.0f}",
+        f"{ours['peak_mib']:,.0f} / {theirs['peak_mib']:,.0f}",
+        f"{ours['peak_above_baseline_mib']:,.0f} / {theirs['peak_above_baseline_mib']:,.0f}",
+        f"{result['matmul_share']:.0%}",
+        result["trl_setting"],
+    )
+
+
+def _overhead(result: dict[str, Any]) -> tuple[str, ...]:
+    ours, bare = result["ours"], result["bare"]
+    seconds = f"{ours['median_seconds']:.2f} / {bare['median_seconds']:.2f}"
+    return (
+        "DPO in a Trainer / in a bare loop",
+        "32-true",
+        f"{result['overhead']:+.1%} overhead",
+        seconds,
+        *(["–"] * (len(HEADER) - 4)),
+    )
