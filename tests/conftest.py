@@ -71,3 +71,15 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random Llama on disk, with a tokenizer of single letters."""
+    from tests.models.families import tiny
+    from tests.tokenizers import letters
+
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny("LlamaConfig").save_pretrained(path)
+    letters().save_pretrained(path)
+    return str(path)

@@ -16,15 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import Mean, Total
-from lightning_rlhf.models import (
-    LanguageModel,
-    LoRA,
-    Policy,
-    Quantization,
-    load_language_model,
-    load_tokenizer,
-)
+from lightning_rlhf.models import LanguageModel, Policy, load_language_model, load_tokenizer
 from lightning_rlhf.models.language_model import is_adapter
+from lightning_rlhf.models.settings import from_plain
 
 HALF_PRECISION = ("bf16-true", "16-true")
 
@@ -36,8 +30,7 @@ class NonFiniteLossError(RuntimeError):
 class Algorithm(L.LightningModule):
     """Base of all algorithms: a LightningModule around a policy.
 
-    Subclasses write ``training_step`` and ``validation_step`` and return ``self.step_mean(losses, batch)`` from the
-    former.
+    Subclasses write ``losses``, and a ``training_step`` that returns ``self.step_mean(self.losses(…), batch)``.
 
     Args:
         policy: A path or Hub id, :class:`Policy` settings, or a built Transformers or PEFT model.
@@ -58,7 +51,7 @@ class Algorithm(L.LightningModule):
     ) -> None:
         super().__init__()
         self.policy_settings, built = as_policy(policy)
-        self.optimization = as_settings(Optimization, optimization) or Optimization()
+        self.optimization = from_plain(Optimization, optimization) or Optimization()
         if tokenizer is not None:
             self.tokenizer = tokenizer
         elif self.policy_settings is not None:
@@ -180,6 +173,18 @@ class Algorithm(L.LightningModule):
             "doctor`, or set gradient_clip_val"
         )
 
+    def losses(self, batch: PackedBatch, stage: str) -> Tensor:
+        """One loss per token or pair of a batch, its metrics recorded under a stage."""
+        raise NotImplementedError(f"{type(self).__name__} has no losses")
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add a batch to the validation means."""
+        self.losses(batch, "val")
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add a batch to the test means."""
+        self.losses(batch, "test")
+
     # --- metrics --------------------------------------------------------------------------------------------------
 
     def record(self, stage: str, batch: PackedBatch, values: Mapping[str, Tensor]) -> None:
@@ -286,21 +291,9 @@ def as_policy(
     """Settings of a policy, or the built model: exactly one of the two."""
     if isinstance(policy, nn.Module):
         return None, policy
-    if isinstance(policy, str):
-        return Policy(policy), None
-    if isinstance(policy, Mapping):
-        values = dict(policy)
-        values["lora"] = as_settings(LoRA, values.get("lora"))
-        values["quantization"] = as_settings(Quantization, values.get("quantization"))
-        return Policy(**values), None
-    if isinstance(policy, Policy):
-        return policy, None
+    if isinstance(policy, Policy | str | Mapping):
+        return Policy.from_config(policy), None
     raise TypeError(f"policy must be a path, Policy settings or a built model, got {type(policy).__name__}")
-
-
-def as_settings(cls: type, value: Any) -> Any:  # noqa: ANN401 - any settings class
-    """Settings from what a checkpoint holds: plain values, or the settings themselves."""
-    return cls(**value) if isinstance(value, Mapping) else value
 
 
 def as_language_model(model: nn.Module) -> LanguageModel:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +127,8 @@ class DPO(Algorithm):
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def _losses(self, batch: PackedBatch, stage: Literal["train", "val", "test"]) -> Tensor:
+    def losses(self, batch: PackedBatch, stage: str) -> Tensor:
+        """The objective's loss of every pair, ``(N/2,)``."""
         check_pairs(batch)
         tokens = self.policy(batch, with_entropy=True)
         logps = RF.sum_by_sequence(tokens.logprobs, batch.target_lengths)
@@ -158,15 +158,7 @@ class DPO(Algorithm):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of a micro-batch; see :meth:`Algorithm.step_mean`."""
-        return self.step_mean(self._losses(batch, "train"), batch)
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add a batch to the validation means."""
-        self._losses(batch, "val")
-
-    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add a batch to the test means."""
-        self._losses(batch, "test")
+        return self.step_mean(self.losses(batch, "train"), batch)
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The implicit reward of every completion, ``(N,)``."""

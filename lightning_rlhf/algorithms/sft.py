@@ -41,7 +41,8 @@ class SFT(Algorithm):
         super().__init__(policy, tokenizer, optimization)
         self.save_hyperparameters({"policy": plain(policy), "optimization": plain(self.optimization)})
 
-    def _losses(self, batch: PackedBatch, stage: str) -> Tensor:
+    def losses(self, batch: PackedBatch, stage: str) -> Tensor:
+        """Cross-entropy of every token that counts, ``(M,)``."""
         tokens = self.policy(batch, with_entropy=True)
         losses = RF.sft_loss(tokens.logprobs)
         values = {"loss": losses, "mean_token_accuracy": tokens.correct.float(), "entropy": tokens.entropy}
@@ -50,15 +51,7 @@ class SFT(Algorithm):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of a micro-batch; see :meth:`Algorithm.step_mean`."""
-        return self.step_mean(self._losses(batch, "train"), batch)
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add a batch to the validation means."""
-        self._losses(batch, "val")
-
-    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add a batch to the test means."""
-        self._losses(batch, "test")
+        return self.step_mean(self.losses(batch, "train"), batch)
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Log-probability of every completion, ``(N,)``, in nats."""

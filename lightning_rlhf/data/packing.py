@@ -187,6 +187,7 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
+    targets: list[int] = []
     num_targets: list[int] = []
     for group in groups:
         _check(group)
@@ -196,8 +197,9 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
         for k, completion in enumerate(group.completions):
             mask = [True] * len(completion) if group.masks is None else group.masks[k]
             before = [last_of_prompt, *range(len(ids), len(ids) + len(completion) - 1)]
-            counted = [index for index, counts in zip(before, mask, strict=True) if counts]
-            predictors.extend(counted)
+            counted = [j for j, counts in enumerate(mask) if counts]
+            predictors.extend(before[j] for j in counted)
+            targets.extend(completion[j] for j in counted)
             num_targets.append(len(counted))
             positions.extend(range(len(group.prompt), len(group.prompt) + len(completion)))
             ids.extend(completion)
@@ -205,7 +207,7 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
         input_ids=torch.tensor(ids, dtype=torch.long),
         position_ids=torch.tensor(positions, dtype=torch.long),
         predictors=torch.tensor(predictors, dtype=torch.long),
-        targets=torch.tensor(_targets(groups), dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
         target_lengths=torch.tensor(num_targets, dtype=torch.long),
         prompt_lengths=tuple(len(group.prompt) for group in groups),
         completion_lengths=tuple(tuple(len(c) for c in group.completions) for group in groups),
@@ -216,16 +218,6 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
             for name in groups[0].extras
         },
     )
-
-
-def _targets(groups: Sequence[PromptGroup]) -> list[int]:
-    return [
-        token
-        for group in groups
-        for k, completion in enumerate(group.completions)
-        for j, token in enumerate(completion)
-        if group.masks is None or group.masks[k][j]
-    ]
 
 
 def _check(group: PromptGroup) -> None:

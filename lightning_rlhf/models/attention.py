@@ -14,7 +14,7 @@ Backends, chosen by what the device and the model allow:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Literal, cast
@@ -47,6 +47,7 @@ class SharedPrefixPlan:
 
     batch: PackedBatch
     backend: Backend | None = None
+    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, init=False)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -96,7 +97,7 @@ class SharedPrefixPlan:
 
     def block_mask(self, window: int | None) -> BlockMask:
         """FlexAttention's mask for a layer with this sliding window; built once a batch and window."""
-        masks = self.__dict__.setdefault("_block_masks", {})
+        masks = self._block_masks
         if window not in masks:
             group, completion = self._token_labels
             position = self.batch.position_ids

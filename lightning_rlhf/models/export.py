@@ -16,13 +16,14 @@ from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.loading import (
     POLICY_ADAPTER,
     adapter_config,
+    base_path,
     load_base,
     load_tokenizer,
     lora_config,
     model_config,
 )
 from lightning_rlhf.models.reference import REFERENCE_ADAPTER
-from lightning_rlhf.models.settings import LORA_INITS_THAT_CHANGE_THE_BASE, Dtype, LoRA, Policy, Quantization
+from lightning_rlhf.models.settings import Dtype, Policy, changes_base
 
 PREFIX = "policy.model."
 """Where a module's state holds the weights of its policy."""
@@ -119,13 +120,7 @@ def checkpoint_policy(content: Mapping[str, Any], path: Path) -> Policy:
             f"the run that wrote {path} was given a built model, so the checkpoint does not know where it came from: "
             "load the checkpoint into a module built the same way and call policy.model.save_pretrained(directory)"
         )
-    if isinstance(values, str):
-        return Policy(values)
-    settings = dict(values)
-    for name, cls in (("lora", LoRA), ("quantization", Quantization)):
-        if settings.get(name) is not None:
-            settings[name] = cls(**settings[name])
-    return Policy(**settings)
+    return Policy.from_config(values)
 
 
 def policy_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,8 +134,7 @@ def policy_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _adapter_base(policy: Policy) -> str:
     """The base's path as an adapter directory should name it: a local one must not depend on where it is read."""
-    adapter = adapter_config(policy.path)
-    base = policy.path if adapter is None else str(adapter.base_model_name_or_path)
+    base = base_path(policy.path)
     return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
@@ -155,7 +149,7 @@ def _peft_config(policy: Policy) -> PeftConfig:
 
 
 def _adapter(policy: Policy, weights: Mapping[str, Tensor]) -> PeftModel:
-    if policy.lora is not None and policy.lora.init.lower().startswith(LORA_INITS_THAT_CHANGE_THE_BASE):
+    if policy.lora is not None and changes_base(policy.lora.init):
         raise ValueError(
             f"lora.init {policy.lora.init!r} changed the base, so the adapter fits no base that others have: use "
             "--merge"
@@ -173,7 +167,7 @@ def _adapter(policy: Policy, weights: Mapping[str, Tensor]) -> PeftModel:
 
 def _merged(policy: Policy, weights: Mapping[str, Tensor], dtype: Dtype) -> PreTrainedModel:
     quantized = policy.quantization is not None
-    if quantized and policy.lora and policy.lora.init.lower().startswith(LORA_INITS_THAT_CHANGE_THE_BASE):
+    if quantized and policy.lora is not None and changes_base(policy.lora.init):
         raise ValueError(
             f"lora.init {policy.lora.init!r} on a quantised base cannot be merged onto another one"
         )

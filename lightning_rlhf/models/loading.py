@@ -38,9 +38,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        base = adapter_config(path)
-        if base is not None:
-            return load_tokenizer(base_of(base), trust_remote_code=trust_remote_code)
+        if adapter_config(path) is not None:
+            return load_tokenizer(base_path(path), trust_remote_code=trust_remote_code)
         raise _not_found("tokenizer", path) from error
 
 
@@ -72,7 +71,7 @@ def load_language_model(policy: Policy) -> LanguageModel:
         raise ValueError("quantised weights cannot be trained: give policy.lora as well (QLoRA)")
     trains_adapter = adapter is not None or policy.lora is not None
     base = load_base(
-        policy.path if adapter is None else base_of(adapter),
+        base_path(policy.path),
         dtype=_dtype(policy.dtype, trains_adapter),
         quantization=policy.quantization,
         trust_remote_code=policy.trust_remote_code,
@@ -207,12 +206,15 @@ def adapter_config(path: str) -> PeftConfig | None:
     return PeftConfig.from_pretrained(path)
 
 
-def base_of(adapter: PeftConfig) -> str:
-    """Where an adapter's base model is.
+def base_path(path: str) -> str:
+    """Where the base model is: the path itself, or what the adapter there names.
 
     Raises:
-        ValueError: If its configuration does not say.
+        ValueError: If the adapter's configuration does not say.
     """
+    adapter = adapter_config(path)
+    if adapter is None:
+        return path
     if adapter.base_model_name_or_path is None:
         raise ValueError(
             "adapter_config.json names no base_model_name_or_path: add the base model's path to it"
@@ -222,9 +224,7 @@ def base_of(adapter: PeftConfig) -> str:
 
 def model_config(policy: Policy) -> Any:  # noqa: ANN401 - every architecture has its own class
     """The Transformers configuration of a policy, without its weights."""
-    adapter = adapter_config(policy.path)
-    path = policy.path if adapter is None else base_of(adapter)
-    return AutoConfig.from_pretrained(path, trust_remote_code=policy.trust_remote_code)
+    return AutoConfig.from_pretrained(base_path(policy.path), trust_remote_code=policy.trust_remote_code)
 
 
 def _dtype(name: str, trains_adapter: bool) -> torch.dtype | str:

@@ -12,7 +12,7 @@ from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import sum_by_sequence
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import POLICY_ADAPTER
-from lightning_rlhf.models.settings import LORA_INITS_THAT_CHANGE_THE_BASE
+from lightning_rlhf.models.settings import changes_base
 
 ReferenceKind = Literal["base", "adapter", "model", "policy"]
 REFERENCE_ADAPTER = "reference"
@@ -81,7 +81,7 @@ def reference_kind(policy: LanguageModel) -> ReferenceKind:
     if not isinstance(policy.model, PeftModel):
         return "model"
     init = policy.model.peft_config[POLICY_ADAPTER].to_dict().get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(LORA_INITS_THAT_CHANGE_THE_BASE):
+    if changes_base(init):
         raise ValueError(
             f"lora.init {init!r} changes the base, so that the base without adapter is a different model and no "
             "reference. Use init: default or gaussian, or train SFT with it and start from its exported, merged model"

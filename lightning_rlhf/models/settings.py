@@ -1,12 +1,35 @@
 """Settings of a model: plain dataclasses that a recipe's YAML spells out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Layout = Literal["shared_prefix", "padded"]
 
 LORA_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "eva")
+
+Settings = TypeVar("Settings")
+
+
+def from_plain(cls: type[Settings], value: Settings | Mapping[str, Any] | None) -> Settings | None:
+    """Settings from the plain values that a checkpoint holds; settings themselves and None stay as they are.
+
+    Example:
+        >>> from_plain(LoRA, {"r": 8}).r
+        8
+    """
+    return cls(**value) if isinstance(value, Mapping) else value
+
+
+def changes_base(lora_init: object) -> bool:
+    """Whether a LoRA initialisation changes the base's weights, in our words or PEFT's.
+
+    Example:
+        >>> changes_base("pissa_niter_4"), changes_base("gaussian"), changes_base(True)
+        (True, False, False)
+    """
+    return isinstance(lora_init, str) and lora_init.lower().startswith(LORA_INITS_THAT_CHANGE_THE_BASE)
 
 
 @dataclass(frozen=True)
@@ -79,3 +102,21 @@ class Policy:
     layout: Layout = "shared_prefix"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+
+    @staticmethod
+    def from_config(config: "Policy | str | Mapping[str, Any]") -> "Policy":
+        """A policy's settings from a path, or from the plain values that a checkpoint holds.
+
+        Example:
+            >>> Policy.from_config({"path": "a/model", "lora": {"r": 4}}).lora.r
+            4
+        """
+        if isinstance(config, Policy):
+            return config
+        if isinstance(config, str):
+            return Policy(config)
+        nested = {
+            "lora": from_plain(LoRA, config.get("lora")),
+            "quantization": from_plain(Quantization, config.get("quantization")),
+        }
+        return Policy(**{**config, **nested})

@@ -28,14 +28,6 @@ def llama():
     return tiny("LlamaConfig")
 
 
-@pytest.fixture(scope="session")
-def llama_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "llama"
-    tiny("LlamaConfig").save_pretrained(path)
-    letters().save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture
 def trainer(tmp_path):
     """A stock Trainer on the CPU that logs to memory only."""

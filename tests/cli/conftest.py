@@ -1,16 +1,6 @@
 import pytest
 
 from lightning_rlhf.cli.main import main
-from tests.models.families import tiny
-from tests.tokenizers import letters
-
-
-@pytest.fixture(scope="session")
-def llama_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "llama"
-    tiny("LlamaConfig").save_pretrained(path)
-    letters().save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
