@@ -85,25 +85,14 @@ class Algorithm(L.LightningModule):
     def on_policy_loaded(self) -> None:
         """What an algorithm does with the untrained policy, such as making its reference."""
 
-    def setup(self, stage: str) -> None:
-        """Refuse full fine-tuning of half-precision weights, which hardly move."""
-        precision = self.trainer.precision
-        if (
-            stage != "fit"
-            or precision not in HALF_PRECISION
-            or self.optimization.allow_half_precision_weights
-        ):
-            return
-        lora = self.policy_settings is not None and self.policy_settings.lora is not None
-        if not lora and not any(is_adapter(name) for name, _ in self.named_parameters()):
-            raise ValueError(
-                f"precision {precision!r} with full fine-tuning rounds most updates away (at lr 1e-6 only 2% of the "
-                "weights move in 100 steps): use bf16-mixed, or LoRA, or set "
-                "optimization.allow_half_precision_weights: true"
-            )
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with warmup and cosine decay, or what ``optimization`` says."""
+        """AdamW with warmup and cosine decay, or what ``optimization`` says.
+
+        Raises:
+            ValueError: If weights in half precision would be fully fine-tuned, which hardly moves them, or if the
+                schedule needs an end that the Trainer does not have.
+        """
+        self._refuse_half_precision_weights()
         optimizer = build_optimizer(self.named_parameters(), self.optimization)
         if (
             self.optimization.schedule != "constant"
@@ -120,6 +109,17 @@ class Algorithm(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": LRSchedulerConfigType(scheduler=schedule, interval="step"),
         }
+
+    def _refuse_half_precision_weights(self) -> None:
+        precision = self.trainer.precision
+        if precision not in HALF_PRECISION or self.optimization.allow_half_precision_weights:
+            return
+        if not any(is_adapter(name) for name, _ in self.named_parameters()):
+            raise ValueError(
+                f"precision {precision!r} with full fine-tuning rounds most updates away (at lr 1e-6 only 2% of the "
+                "weights move in 100 steps): use bf16-mixed, or LoRA, or set "
+                "optimization.allow_half_precision_weights: true"
+            )
 
     # --- one optimizer step ---------------------------------------------------------------------------------------
 

@@ -84,6 +84,18 @@ def test_goes_on_from_an_adapter_with_a_copy_as_reference(trainer, llama_dir, tm
     assert torch.equal(again.reference(batch), before)
 
 
+def test_an_adapter_directory_trains_in_half_precision(trainer, llama_dir, tmp_path):
+    """Its settings name no LoRA: that it is an adapter is seen from the loaded model."""
+    sft = SFT(Policy(llama_dir, lora=LoRA(r=2)))
+    trainer(max_steps=1).fit(sft, loader(k=1))
+    sft.policy.model.save_pretrained(tmp_path / "adapter")
+    again = SFT(Policy(str(tmp_path / "adapter")), tokenizer=sft.tokenizer)
+    run = trainer(precision="bf16-true")
+    run.fit(again, loader(k=1))
+    assert run.callback_metrics["train/loss"].isfinite()
+    assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_a_disk_that_fills_while_saving_leaves_no_broken_checkpoint(trainer, llama_dir, tmp_path):
     """A limit on the size of a file makes the write itself fail half-way, as a full disk does."""
     first = fit_and_save(SFT(Policy(llama_dir)), trainer, tmp_path, k=1)
