@@ -130,9 +130,10 @@ class DPO(Algorithm):
     def losses(self, batch: PackedBatch, stage: str) -> Tensor:
         """The objective's loss of every pair, ``(N/2,)``."""
         check_pairs(batch)
+        # The reference first: what the policy keeps for its backward does not wait in memory beside it.
+        ref_logps = self.reference_logps(batch, stage)
         tokens = self.policy(batch, with_entropy=True)
         logps = RF.sum_by_sequence(tokens.logprobs, batch.target_lengths)
-        ref_logps = self.reference_logps(batch, stage)
         if stage == "train" and not self._checked:
             self._assert_equal_at_start(logps.detach(), ref_logps, batch)
         losses = self.objective(logps[0::PAIR], logps[1::PAIR], ref_logps[0::PAIR], ref_logps[1::PAIR])

@@ -16,6 +16,9 @@ from lightning_rlhf.functional import TokenLogprobs, token_logprobs
 from lightning_rlhf.models import attention
 from lightning_rlhf.models.settings import Layout
 
+LOGITS_AT_A_TIME = 2**26
+"""256 MiB in float32: as many positions are projected to the vocabulary at a time."""
+
 ROPE_BY_LONGEST = ("longrope", "dynamic")
 """Rotary embeddings that depend on the longest row of a batch: packed and padded then differ by design."""
 
@@ -92,9 +95,13 @@ class LanguageModel(nn.Module):
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
-        hidden = self.hidden_states(batch)
         return token_logprobs(
-            hidden, self.logits, batch.targets, temperature=temperature, with_entropy=with_entropy
+            self.hidden_states(batch),
+            self.logits,
+            batch.targets,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            chunk_size=max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size),
         )
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
