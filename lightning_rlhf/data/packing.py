@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +50,14 @@ class PaddedBatch(NamedTuple):
         attention_mask: ``(N, L)``, boolean, from lengths.
         position_ids: ``(N, L)``.
         predictors: Flat indices into ``N·L`` of the positions that predict a target, ``(M,)``.
+        ends: Flat indices of the last token of each completion, ``(N,)``.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     predictors: Tensor
+    ends: Tensor
 
 
 @dataclass(eq=False)  # not frozen: Lightning's precision plugins refuse frozen dataclasses in a batch
@@ -130,6 +133,18 @@ class PackedBatch:
             start = end
         return tuple(segments)
 
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where the last token of each completion stands, ``(N,)``."""
+        lengths = [
+            n for p, c in zip(self.prompt_lengths, self.completion_lengths, strict=True) for n in (p, *c)
+        ]
+        is_prompt = [
+            first for c in self.completion_lengths for first in (True, *[False] * len(c))
+        ]
+        ends = [end - 1 for end, first in zip(accumulate(lengths), is_prompt, strict=True) if not first]
+        return torch.tensor(ends, device=self.input_ids.device)
+
     def padded(self) -> PaddedBatch:
         """One right-padded row per prompt + completion, from the same tensors."""
         device = self.input_ids.device
@@ -159,7 +174,8 @@ class PackedBatch:
         lengths = torch.tensor(self.num_targets, device=device)
         row_of_target = torch.repeat_interleave(torch.arange(row, device=device), lengths)
         predictors = row_of_target * self.max_positions + self.position_ids[self.predictors]
-        return PaddedBatch(input_ids, mask, position_ids, predictors)
+        ends = torch.arange(row, device=device) * self.max_positions + self.position_ids[self.ends]
+        return PaddedBatch(input_ids, mask, position_ids, predictors, ends)
 
 
 def pack(groups: Iterable[PromptGroup]) -> PackedBatch:

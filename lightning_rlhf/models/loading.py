@@ -97,9 +97,10 @@ def prepare(model: PreTrainedModel, policy: Policy, *, adapter_path: str | None 
         )
     elif policy.lora is not None:
         wrapped = get_peft_model(model, lora_config(policy.lora), adapter_name=POLICY_ADAPTER)
+    language_model = LanguageModel(wrapped, layout=policy.layout)
     if policy.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return LanguageModel(wrapped, layout=policy.layout)
+        language_model.enable_gradient_checkpointing()
+    return language_model
 
 
 def load_base(
