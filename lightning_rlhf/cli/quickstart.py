@@ -53,16 +53,18 @@ class Stage:
 SFT_STAGE = Stage(
     name="SFT",
     metric="train/loss",
-    max_epochs=1,
+    max_epochs=2,
     batch_size=64,
-    optimization=Optimization(lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_ratio=0.05),
+    optimization=Optimization(
+        lr=3e-3, weight_decay=0.01, betas=(0.9, 0.95), schedule="cosine", warmup_ratio=0.05
+    ),
 )
 DPO_STAGE = Stage(
     name="DPO",
     metric="train/rewards/accuracies",
     max_epochs=1,
-    batch_size=32,
-    optimization=Optimization(lr=2e-4, schedule="cosine", warmup_ratio=0.1),
+    batch_size=16,
+    optimization=Optimization(lr=1e-4, schedule="cosine", warmup_ratio=0.1),
 )
 DPO_OBJECTIVE = Sigmoid(beta=0.1)
 SAMPLING = Sampling(max_new_tokens=64, temperature=1.0, batch_size=128)
