@@ -9,10 +9,24 @@ from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
 from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_logprobs
 from lightning_rlhf.functional.masking import masked_mean, masked_var, masked_whiten
 from lightning_rlhf.functional.preference import dpo_loss, implicit_rewards, pairwise_accuracy
+from lightning_rlhf.functional.ranking import (
+    Comparisons,
+    bradley_terry_loss,
+    comparisons,
+    ensemble_mean,
+    ensemble_uncertainty_weighted,
+    ensemble_worst_case,
+)
 
 __all__ = [
+    "Comparisons",
     "TokenLogprobs",
+    "bradley_terry_loss",
+    "comparisons",
     "dpo_loss",
+    "ensemble_mean",
+    "ensemble_uncertainty_weighted",
+    "ensemble_worst_case",
     "implicit_rewards",
     "kl_k1",
     "kl_k2",

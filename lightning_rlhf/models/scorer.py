@@ -1,12 +1,15 @@
 """A scalar head on a language model: what scores completions, alone or as a role on a base that others share."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_rlhf import functional as RF
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.language_model import LanguageModel
 
@@ -26,7 +29,7 @@ class ScoreHead(nn.Module):
         >>> _ = torch.nn.init.ones_(head.weight)
         >>> head(torch.tensor([[1.0, 2.0]]))
         tensor([3.], grad_fn=<SqueezeBackward1>)
-        >>> head.normalize_on(torch.tensor([1.0, 3.0]))
+        >>> head.mean, head.std = 2.0, 1.0
         >>> head.normalized(torch.tensor([3.0]))
         tensor([1.])
     """
@@ -45,22 +48,23 @@ class ScoreHead(nn.Module):
         """Raw scores in units of the reference samples: mean 0, standard deviation 1 there."""
         return (scores - self.mean) / self.std
 
-    def normalize_on(self, scores: Tensor) -> None:
-        """Remember mean and standard deviation of raw scores of reference samples.
+    @property
+    def is_normalized(self) -> bool:
+        """Whether its scale was set on reference samples."""
+        return (self.mean, self.std) != (0.0, 1.0)
 
-        Args:
-            scores: At least two, not all equal.
+    def normalize_by(self, mean: float, std: float) -> None:
+        """Remember mean and standard deviation of raw scores on reference samples.
 
         Raises:
-            ValueError: If they have no spread to divide by.
+            ValueError: If the standard deviation is not positive: there is nothing to divide by.
         """
-        values = scores.double()
-        std = values.std(correction=0).item() if values.numel() > 1 else 0.0
-        if not (std > 0.0 and math.isfinite(std)):
+        if not (std > 0.0 and math.isfinite(std) and math.isfinite(mean)):
             raise ValueError(
-                f"{values.numel()} reference scores with standard deviation {std}: there is no spread to normalise by"
+                f"scores of the reference samples have mean {mean} and standard deviation {std}: they have no spread "
+                "to normalise by"
             )
-        self.mean, self.std = values.mean().item(), std
+        self.mean, self.std = mean, std
 
     def get_extra_state(self) -> dict[str, float]:
         """The normalisation, as plain numbers that no precision plugin casts."""
@@ -120,3 +124,61 @@ class Scorer(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Normalised scores, ``(N,)``."""
         return self.head.normalized(self.raw(batch))
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How the scores of an ensemble's members become one.
+
+    Attributes:
+        how: ``mean``, ``worst_case`` (the lowest), or ``uncertainty_weighted`` (mean − coef · variance).
+        coef: λ of ``uncertainty_weighted``.
+    """
+
+    how: Literal["mean", "worst_case", "uncertainty_weighted"] = "mean"
+    coef: float = 0.5
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """One score per completion, ``(N,)``, from those of all members, ``(members, N)``.
+
+        Example:
+            >>> Aggregation("worst_case")(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+            tensor([1., 2.])
+        """
+        aggregated: Tensor = {
+            "mean": RF.ensemble_mean,
+            "worst_case": RF.ensemble_worst_case,
+            "uncertainty_weighted": lambda s: RF.ensemble_uncertainty_weighted(s, coef=self.coef),
+        }[self.how](scores)
+        return aggregated
+
+
+class Ensemble(nn.Module):
+    """Several scorers of the same completions; one is an ensemble as well.
+
+    Args:
+        scorers: The members.
+        aggregation: How their normalised scores become one.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], aggregation: Aggregation | None = None) -> None:
+        super().__init__()
+        self.scorers = nn.ModuleList(scorers)
+        self.aggregation = aggregation or Aggregation()
+
+    @property
+    def heads(self) -> list[ScoreHead]:
+        """The members' heads."""
+        return [scorer.head for scorer in self.scorers]  # type: ignore[misc]
+
+    def raw(self, batch: PackedBatch) -> Tensor:
+        """Scores as the heads give them, ``(members, N)``."""
+        return torch.stack([scorer.raw(batch) for scorer in self.scorers])  # type: ignore[operator]
+
+    def normalized(self, raw: Tensor) -> Tensor:
+        """Every member's scores in units of its own reference samples, ``(members, N)``."""
+        return torch.stack([head.normalized(r) for head, r in zip(self.heads, raw, strict=True)])
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """One normalised score per completion, ``(N,)``."""
+        return self.aggregation(self.normalized(self.raw(batch)))
