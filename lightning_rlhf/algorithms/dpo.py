@@ -176,5 +176,5 @@ def check_pairs(batch: PackedBatch) -> None:
         if len(lengths) != PAIR:
             raise ValueError(
                 f"row {row}: DPO needs two completions a prompt (chosen, rejected), got {len(lengths)}: use "
-                "PreferenceDataModule"
+                "PreferenceDataModule with pairs; rankings are for a RewardModel"
             )
