@@ -37,5 +37,6 @@ def group_of(row: Mapping[str, Any]) -> PromptGroup:
         completions=row["completion_ids"],
         masks=row.get("completion_masks"),
         row_id=row.get("row_id", -1),
+        ranks=row.get("ranks"),
         extras={name: row[name] for name in EXTRAS if name in row},
     )

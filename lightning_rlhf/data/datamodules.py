@@ -81,6 +81,9 @@ class SFTDataModule(GroupDataModule):
 class PreferenceDataModule(GroupDataModule):
     """Pairs: ``prompt``, ``chosen`` and ``rejected``; without ``prompt`` it is what the two have in common.
 
+    Or rankings, for a reward model: ``prompt`` and ``completions``, the best first, or with ``ranks`` (numbers, lower
+    is better, ties allowed), by which completions are then sorted.
+
     Args:
         train: A file (``.jsonl``, ``.jsonl.gz``, ``.json``, ``.csv``, ``.parquet``), a directory saved by
             ``datasets``, a Hub id, with ``:split`` after it to name a split, or a ``datasets.Dataset``.

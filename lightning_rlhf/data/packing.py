@@ -20,6 +20,7 @@ class PromptGroup:
         masks: For each completion, which of its tokens count; None where all do.
         row_id: Where the group stands in its data set: the key of stored reference log-probabilities.
         extras: Numbers that travel along, such as a margin.
+        ranks: One per completion, lower is better, ties allowed; None where the order is all there is to know.
     """
 
     prompt: Sequence[int]
@@ -27,6 +28,7 @@ class PromptGroup:
     masks: Sequence[Sequence[bool]] | None = None
     row_id: int = -1
     extras: dict[str, float] = field(default_factory=dict)
+    ranks: Sequence[float] | None = None
 
 
 class Segment(NamedTuple):
@@ -77,6 +79,7 @@ class PackedBatch:
         num_targets: ``target_lengths`` on the host, N integers.
         row_ids: G integers.
         extras: Numbers a group, each ``(G,)``.
+        ranks: Of the completions within their group, lower is better, ``(N,)``; None where the data does not rank.
     """
 
     input_ids: Tensor
@@ -89,6 +92,7 @@ class PackedBatch:
     num_targets: tuple[int, ...]
     row_ids: tuple[int, ...]
     extras: dict[str, Tensor] = field(default_factory=dict)
+    ranks: Tensor | None = None
 
     @property
     def num_groups(self) -> int:
@@ -188,7 +192,8 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
         The batch, on the CPU.
 
     Raises:
-        ValueError: If there is no group, a prompt or a completion is empty, or a mask has the wrong length.
+        ValueError: If there is no group, a prompt or a completion is empty, a mask has the wrong length, or there are
+            ranks for some completions only.
 
     Example:
         >>> batch = pack([PromptGroup(prompt=[5, 6], completions=[[7, 8], [9]])])
@@ -233,7 +238,17 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
             name: torch.tensor([group.extras[name] for group in groups], dtype=torch.float32)
             for name in groups[0].extras
         },
+        ranks=_ranks(groups),
     )
+
+
+def _ranks(groups: Sequence[PromptGroup]) -> Tensor | None:
+    ranked = [group for group in groups if group.ranks is not None]
+    if not ranked:
+        return None
+    if len(ranked) < len(groups):
+        raise ValueError("some groups of the batch have ranks and others have none; rank all or none")
+    return torch.tensor([rank for group in ranked for rank in group.ranks or ()], dtype=torch.float32)
 
 
 def _check(group: PromptGroup) -> None:
@@ -243,3 +258,7 @@ def _check(group: PromptGroup) -> None:
         raise ValueError(f"row {group.row_id}: every group needs completions, each with at least one token")
     if group.masks is not None and [len(m) for m in group.masks] != [len(c) for c in group.completions]:
         raise ValueError(f"row {group.row_id}: a mask has another length than its completion")
+    if group.ranks is not None and len(group.ranks) != len(group.completions):
+        raise ValueError(
+            f"row {group.row_id}: {len(group.ranks)} ranks for {len(group.completions)} completions"
+        )

@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from lightning_rlhf.data.formats import BadRow, Example, Task, read_example, recognise
-from lightning_rlhf.data.report import SplitReport
+from lightning_rlhf.data.formats import Example, Task, read_example, recognise
+from lightning_rlhf.data.report import BadRow, SplitReport
 from lightning_rlhf.data.tokenization import Encoder, Limits, LossOn, Tokens
 
 OnBadRow = Literal["error", "drop"]
@@ -82,7 +82,7 @@ def tokenize_preference(
     name: str = "the Dataset",
     num_proc: int | None = None,
 ) -> tuple[Dataset, SplitReport]:
-    """Tokenise pairs: groups of two completions, chosen before rejected.
+    """Tokenise preferences: groups of two completions, chosen before rejected, or of several, the best first.
 
     Args:
         rows: With the columns of a format; others are ignored.
@@ -156,11 +156,14 @@ class Job:
                     "on_bad_row='drop' to leave such rows out and count them"
                 ) from None
             return {**DROPPED, "source_row": at, "problem": problem.reason}
-        return {**_columns(tokens), "source_row": at, "problem": "", **tokens.extras}
+        ranks = {} if tokens.ranks is None else {"ranks": list(tokens.ranks)}
+        return {**_columns(tokens), "source_row": at, "problem": "", **tokens.extras, **ranks}
 
-    def extras(self, columns: Iterable[str]) -> list[str]:
-        """Columns of numbers that travel along."""
-        return ["margin"] if self.task == "preference" and "margin" in columns else []
+    def extras(self, columns: Iterable[str]) -> dict[str, Any]:
+        """Columns of numbers that travel along, and their types."""
+        if "completions" in self.columns:
+            return {"ranks": List(Value("float64"))}
+        return {"margin": Value("float64")} if "chosen" in self.columns and "margin" in columns else {}
 
     def settings(self) -> list[str]:
         """All that decides what comes out, apart from the rows, as text."""
@@ -204,7 +207,7 @@ def tokenize(rows: Dataset, job: Job, *, num_proc: int | None = None) -> tuple[D
         ValueError: If a row is bad, or all were dropped.
     """
     digest = hashlib.sha256("\0".join([rows._fingerprint, *job.settings()]).encode()).hexdigest()[:32]
-    features = Features(COLUMNS | {name: Value("float64") for name in job.extras(rows.column_names)})
+    features = Features(COLUMNS | job.extras(rows.column_names))
     cache = None
     if rows.cache_files:
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "lightning_rlhf"
