@@ -143,9 +143,7 @@ class PackedBatch:
         lengths = [
             n for p, c in zip(self.prompt_lengths, self.completion_lengths, strict=True) for n in (p, *c)
         ]
-        is_prompt = [
-            first for c in self.completion_lengths for first in (True, *[False] * len(c))
-        ]
+        is_prompt = [first for c in self.completion_lengths for first in (True, *[False] * len(c))]
         ends = [end - 1 for end, first in zip(accumulate(lengths), is_prompt, strict=True) if not first]
         return torch.tensor(ends, device=self.input_ids.device)
 

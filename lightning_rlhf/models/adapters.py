@@ -39,3 +39,19 @@ def copy_adapter(model: PeftModel, name: str, *, source: str = POLICY_ADAPTER, t
     for parameter_name, parameter in parameters.items():
         if f".{name}." in parameter_name:
             parameter.data = parameters[parameter_name.replace(f".{name}.", f".{source}.")].data.clone()
+
+
+def is_fresh(model: PeftModel) -> bool:
+    """Whether the policy's adapter is as it was made: B = 0, so that the model computes what its base does."""
+    ups = [p for n, p in model.named_parameters() if f".lora_B.{POLICY_ADAPTER}" in n]
+    return all(not bool(p.any()) for p in ups)
+
+
+def member_adapter(index: int) -> str:
+    """The name of the adapter of an ensemble's member.
+
+    Example:
+        >>> member_adapter(0), member_adapter(2)
+        ('default', 'member_2')
+    """
+    return POLICY_ADAPTER if index == 0 else f"member_{index}"

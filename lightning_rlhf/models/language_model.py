@@ -104,9 +104,7 @@ class LanguageModel(nn.Module):
             chunk_size=max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size),
         )
 
-    def hidden_states(
-        self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors"
-    ) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors") -> Tensor:
         """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion."""
         decoder = self.causal_lm.get_decoder()
         if self.layout_of(batch) == "padded":

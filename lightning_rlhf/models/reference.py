@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import sum_by_sequence
-from lightning_rlhf.models.adapters import copy_adapter
+from lightning_rlhf.models.adapters import copy_adapter, is_fresh
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import POLICY_ADAPTER
 from lightning_rlhf.models.settings import changes_base
@@ -87,6 +87,4 @@ def reference_kind(policy: LanguageModel) -> ReferenceKind:
             f"lora.init {init!r} changes the base, so that the base without adapter is a different model and no "
             "reference. Use init: default or gaussian, or train SFT with it and start from its exported, merged model"
         )
-    ups = [p for n, p in policy.model.named_parameters() if f".lora_B.{POLICY_ADAPTER}" in n]
-    fresh = all(not bool(p.any()) for p in ups)
-    return "base" if fresh else "adapter"
+    return "base" if is_fresh(policy.model) else "adapter"

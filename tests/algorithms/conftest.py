@@ -28,26 +28,6 @@ def llama():
     return tiny("LlamaConfig")
 
 
-@pytest.fixture
-def trainer(tmp_path):
-    """A stock Trainer on the CPU that logs to memory only."""
-
-    def make(**settings):
-        defaults = {
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "log_every_n_steps": 1,
-            "default_root_dir": tmp_path,
-        }
-        return L.Trainer(**{**defaults, **settings})
-
-    return make
-
-
 class Gradients(L.Callback):
     """Keep the gradient that the optimizer sees at every step, and the logged losses."""
 
