@@ -58,7 +58,7 @@ def calibration_bins(margins: Tensor, *, num_bins: int) -> Tensor:
     right = pairwise_accuracy(margins, torch.zeros_like(margins)).double()
     right = torch.where(margins.isfinite(), right, torch.nan)
     # A product with one-hot columns: exact and, unlike a scatter on a GPU, always in the same order.
-    one_hot = torch.nn.functional.one_hot(index, num_bins).double()
+    one_hot = (index[:, None] == torch.arange(num_bins, device=index.device)).double()
     return torch.stack([torch.ones_like(confidence), confidence, right]) @ one_hot
 
 

@@ -30,7 +30,7 @@ def moments(*columns: Tensor) -> Tensor:
         tensor([2., 2., 2.], dtype=torch.float64)
     """
     values = torch.stack([column.detach().reshape(-1).double() for column in columns], dim=1)
-    count = values.new_tensor([values.shape[0]])
+    count = values.new_full((1,), values.shape[0])  # unlike new_tensor, without waiting for the device
     mean = values.sum(0) / max(values.shape[0], 1)
     centred = values - mean
     return torch.cat([count, mean, (centred.T @ centred).reshape(-1)])

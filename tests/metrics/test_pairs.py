@@ -308,3 +308,28 @@ def test_table_of_kappas():
     assert texts[0, 2] == "κ 1.00\n100% agree"
     assert "mean kappa 0.67" in axes.get_title()
     figure.clear()
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "AnnotatorAgreement"])
+def test_updates_do_not_wait_for_the_device(name):
+    metric = make(name).to("cuda")
+    rows = [tensor.cuda() for tensor in batch(name)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metric.update(*rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert numbers(metric.compute()) == pytest.approx(value_of(name, *batch(name)), rel=1e-12)
+
+
+@pytest.mark.gpu
+def test_annotators_on_a_gpu():
+    (labels,) = batch("AnnotatorAgreement")
+    metric = make("AnnotatorAgreement").to("cuda")
+    metric.update(labels.cuda())
+    assert numbers(metric.compute()) == pytest.approx(value_of("AnnotatorAgreement", labels), rel=1e-12)
+    assert metric.plot()[1].texts
