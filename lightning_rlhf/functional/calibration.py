@@ -56,7 +56,7 @@ def calibration_bins(margins: Tensor, *, num_bins: int) -> Tensor:
     confidence = torch.sigmoid(margins.abs())
     index = ((confidence - 0.5) * 2 * num_bins).nan_to_num().long().clamp(0, num_bins - 1)
     right = pairwise_accuracy(margins, torch.zeros_like(margins)).double()
-    right = torch.where(margins.isfinite(), right, torch.nan)
+    right = right.masked_fill(~margins.isfinite(), torch.nan)
     # A product with one-hot columns: exact and, unlike a scatter on a GPU, always in the same order.
     one_hot = (index[:, None] == torch.arange(num_bins, device=index.device)).double()
     return torch.stack([torch.ones_like(confidence), confidence, right]) @ one_hot

@@ -89,7 +89,7 @@ def number_of_wins(chosen: Tensor, rejected: Tensor) -> Tensor:
     """
     wins = pairwise_accuracy(chosen.detach(), rejected.detach())
     finite = torch.isfinite(chosen) & torch.isfinite(rejected)
-    return torch.where(finite, wins, torch.nan).sum(dtype=torch.float64)
+    return wins.masked_fill(~finite, torch.nan).sum(dtype=torch.float64)
 
 
 def accuracy_with_interval(correct: Tensor, pairs: Tensor, *, confidence: float) -> dict[str, Tensor]:
