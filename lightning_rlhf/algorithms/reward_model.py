@@ -8,13 +8,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf import functional as RF
-from lightning_rlhf.algorithms.base import Algorithm, plain
+from lightning_rlhf.algorithms.base import Algorithm, metric_key, plain
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.data.packing import PackedBatch
-from lightning_rlhf.metrics import Mean
+from lightning_rlhf.metrics import CalibrationError, LengthCorrelation, LongerWins, MeanAndStd
 from lightning_rlhf.models import LanguageModel, Policy, load_language_model
 from lightning_rlhf.models.adapters import add_adapter, copy_adapter, is_fresh, member_adapter
 from lightning_rlhf.models.language_model import disable_dropout
@@ -22,6 +23,13 @@ from lightning_rlhf.models.loading import POLICY_ADAPTER
 from lightning_rlhf.models.reward_directory import read_head
 from lightning_rlhf.models.scorer import Aggregation, Ensemble, ScoreHead, Scorer
 from lightning_rlhf.models.settings import from_plain
+
+EVALUATION: dict[str, type[Metric]] = {
+    "calibration_error": CalibrationError,
+    "length_correlation": LengthCorrelation,
+    "longer_wins": LongerWins,
+}
+"""What is measured in evaluation only, on the mean score over the members."""
 
 
 class RewardModel(Algorithm):
@@ -37,7 +45,9 @@ class RewardModel(Algorithm):
 
     Logs ``loss``, ``accuracy`` (ties count one half), ``margin``, ``mean_reward``, ``min_reward``, ``max_reward``
     (the last two as means over batches, as TRL's) and, of an ensemble, ``disagreement``: the standard deviation over
-    the members' scores. All of these are of raw scores, averaged over the members.
+    the members' scores. All of these are of raw scores, averaged over the members. In evaluation also
+    ``calibration_error`` of σ(margin), ``length_correlation`` of scores and lengths in tokens, and ``longer_wins``: the
+    accuracy that preferring the longer completion would have.
 
     Args:
         policy: The language model under the head: a path or Hub id, :class:`Policy` settings, or a built
@@ -83,7 +93,14 @@ class RewardModel(Algorithm):
         self.member_seed = member_seed
         self.shared_head_init = shared_head_init
         self.aggregation = from_plain(Aggregation, aggregation) or Aggregation()
-        self.moments = nn.ModuleList(Mean() for _ in range(2 * num_members))
+        self.reference_scores = nn.ModuleList(MeanAndStd() for _ in range(num_members))
+        self.evaluation = nn.ModuleDict(
+            {
+                metric_key(stage, name): metric()
+                for stage in ("val", "test")
+                for name, metric in EVALUATION.items()
+            }
+        )
         self.save_hyperparameters(
             {
                 "policy": plain(policy),
@@ -181,11 +198,22 @@ class RewardModel(Algorithm):
         if self.num_members > 1:
             values["disagreement"] = raw.std(0, correction=0)
         self.record(stage, batch, values)
+        if stage != "train":
+            self._evaluate(stage, batch, scores, pairs)
         if stage == "val":
-            for index, row in enumerate(raw.double()):
-                mean, square = self._moments(index)
-                mean.update(row)
-                square.update(row.square())
+            for metric, row in zip(self.reference_scores, raw, strict=True):
+                cast(MeanAndStd, metric).update(row)
+
+    def _evaluate(self, stage: str, batch: PackedBatch, scores: Tensor, pairs: RF.Comparisons) -> None:
+        lengths = torch.tensor([n for c in batch.completion_lengths for n in c], device=scores.device)
+        differs = pairs.counts.bool()
+        better, worse = pairs.better[differs], pairs.worse[differs]
+        for name, values in {
+            "calibration_error": (scores[better], scores[worse]),
+            "length_correlation": (scores, lengths),
+            "longer_wins": (lengths[better], lengths[worse]),
+        }.items():
+            cast(Metric, self.evaluation[metric_key(stage, name)]).update(*values)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of a micro-batch; see :meth:`Algorithm.step_mean`."""
@@ -198,23 +226,33 @@ class RewardModel(Algorithm):
         scores: Tensor = self.ensemble(batch)
         return scores
 
-    def _moments(self, member: int) -> tuple[Mean, Mean]:
-        """Mean score and mean squared score of a member on the reference samples."""
-        return cast(Mean, self.moments[2 * member]), cast(Mean, self.moments[2 * member + 1])
-
-    # --- normalisation --------------------------------------------------------------------------------------------
+    # --- after an evaluation --------------------------------------------------------------------------------------
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means, and in a fit set the scale by the scores of this epoch."""
+        """Log what was measured, and in a fit set the scale by the scores of this epoch."""
         super().on_validation_epoch_end()
+        self._log_evaluation("val")
         fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        for index, head in enumerate(self.ensemble.heads):
-            mean, square = self._moments(index)
+        for metric, head in zip(self.reference_scores, self.ensemble.heads, strict=True):
+            metric = cast(MeanAndStd, metric)
             if fitting:
-                mean_score = mean.compute().item()
-                head.normalize_by(mean_score, max(square.compute().item() - mean_score**2, 0.0) ** 0.5)
-            mean.reset()
-            square.reset()
+                found = metric.compute()
+                head.normalize_by(found["mean"].item(), found["std"].item())
+            metric.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was measured."""
+        super().on_test_epoch_end()
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        for name in EVALUATION:
+            metric = cast(Metric, self.evaluation[metric_key(stage, name)])
+            if not self.trainer.sanity_checking:
+                found = metric.compute()
+                value = found["accuracy"] if isinstance(found, dict) else found
+                self.log(f"{stage}/{name}", value.float(), batch_size=1)
+            metric.reset()
 
     def on_train_end(self) -> None:
         """Say so where the scale was never set."""

@@ -36,7 +36,9 @@ class ScoreHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, hidden_size).normal_(std=1 / math.sqrt(hidden_size + 1)))
+        self.weight = nn.Parameter(
+            torch.empty(1, hidden_size, dtype=torch.float32).normal_(std=1 / math.sqrt(hidden_size + 1))
+        )
         self.mean, self.std = 0.0, 1.0
 
     def forward(self, hidden: Tensor) -> Tensor:
