@@ -17,7 +17,7 @@ BASE    := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu check docs bench clean
+.PHONY: help quickstart test test-all test-gpu check docs bench clean
 
 help:            ## list the targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,7 +25,11 @@ help:            ## list the targets
 quickstart: $(BASE)    ## train, align and measure a tiny model (about 4 minutes on two cores)
 	@$(VENV)/bin/lightning-rlhf quickstart $(ARGS)
 
-test: check docs    ## what CI runs: check, the docs with warnings as errors, all tests
+test: check docs    ## what CI runs: check, the docs with warnings as errors, all tests but the slow ones
+	@echo "==> pytest"
+	@$(THREADED) $(PY) -m pytest --durations=15 -m "not slow" $(ARGS)
+
+test-all: check docs    ## the same with the slow tests: whole epochs on the real data
 	@echo "==> pytest"
 	@$(THREADED) $(PY) -m pytest --durations=15 $(ARGS)
 

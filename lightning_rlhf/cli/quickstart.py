@@ -50,6 +50,27 @@ class Stage:
     save_every: int = 50
 
 
+Build = Callable[[Stage, Path, Path], Parts]
+"""A stage, the sandbox's folder and the quickstart's → what is trained on what."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quickstart does, and at what size.
+
+    Attributes:
+        stages: In the order of training; the others are measured against the first.
+        num_demonstrations: Rows to train SFT on.
+        num_pairs: Pairs to align on.
+        num_prompts: Held-out prompts to sample from.
+    """
+
+    stages: tuple[tuple[Stage, Build], ...]
+    num_demonstrations: int = 24_000
+    num_pairs: int = 3_400
+    num_prompts: int = 500
+
+
 SFT_STAGE = Stage(
     name="SFT",
     metric="train/loss",
@@ -68,7 +89,6 @@ DPO_STAGE = Stage(
 )
 DPO_OBJECTIVE = Sigmoid(beta=0.1)
 SAMPLING = Sampling(max_new_tokens=64, temperature=1.0, batch_size=128)
-NUM_PROMPTS = 500
 
 
 def quickstart(output: Path = Path("quickstart"), seed: int = 0, overwrite: bool = False) -> None:
@@ -81,16 +101,34 @@ def quickstart(output: Path = Path("quickstart"), seed: int = 0, overwrite: bool
         seed: Of the task, the model and the training.
         overwrite: Start anew where the folder holds a quickstart.
     """
+    carry_out(PLAN, output, seed, overwrite=overwrite)
+
+
+def carry_out(plan: Plan, output: Path, seed: int, *, overwrite: bool) -> None:
+    """Do what a plan says, or what is left of it.
+
+    Args:
+        plan: The stages and sizes; the same one when an interrupted run goes on.
+        output: The folder to make.
+        seed: Of the task, the model and the training.
+        overwrite: Start anew where the folder holds a quickstart.
+
+    Raises:
+        FileExistsError: If the folder holds a finished quickstart or something else.
+        ValueError: If it was begun with another seed.
+    """
     console = Console()
     began = time.perf_counter()
     prepare(output, seed, overwrite=overwrite)
     world_folder = output / "sandbox"
     if not world_folder.is_dir():
         with console.status("making the sandbox"), written_whole(world_folder) as folder:
-            create_sandbox(folder, seed=seed)
-    run_stage(SFT_STAGE, sft_parts, world_folder, output, seed, console)
-    run_stage(DPO_STAGE, dpo_parts, world_folder, output, seed, console)
-    report(output, seed, began, console)
+            create_sandbox(
+                folder, seed=seed, num_demonstrations=plan.num_demonstrations, num_pairs=plan.num_pairs
+            )
+    for stage, build in plan.stages:
+        run_stage(stage, build, world_folder, output, seed, console)
+    report(plan, output, seed, began, console)
 
 
 def prepare(output: Path, seed: int, *, overwrite: bool) -> None:
@@ -121,7 +159,7 @@ def prepare(output: Path, seed: int, *, overwrite: bool) -> None:
 
 def run_stage(
     stage: Stage,
-    build: Callable[[Path, Path], Parts],
+    build: Build,
     world_folder: Path,
     output: Path,
     seed: int,
@@ -134,7 +172,7 @@ def run_stage(
         return
     console.rule(stage.name)
     L.seed_everything(seed, verbose=False)
-    module, data = build(world_folder, output)
+    module, data = build(stage, world_folder, output)
     curve = train(
         module,
         data,
@@ -152,30 +190,31 @@ def run_stage(
         (model_folder / "training.json").write_text(json.dumps(content) + "\n")
 
 
-def sft_parts(world_folder: Path, output: Path) -> Parts:
+def sft_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
     """SFT from random weights on the demonstrations."""
-    module = SFT(str(world_folder / "model"), optimization=SFT_STAGE.optimization)
-    return module, SFTDataModule(str(world_folder / "sft_train.jsonl"), batch_size=SFT_STAGE.batch_size)
+    module = SFT(str(world_folder / "model"), optimization=stage.optimization)
+    return module, SFTDataModule(str(world_folder / "sft_train.jsonl"), batch_size=stage.batch_size)
 
 
-def dpo_parts(world_folder: Path, output: Path) -> Parts:
+def dpo_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
     """DPO from the SFT model on the annotators' pairs."""
-    module = DPO(str(output / "sft" / "model"), objective=DPO_OBJECTIVE, optimization=DPO_STAGE.optimization)
-    data = PreferenceDataModule(
-        str(world_folder / "preferences_train.jsonl"), batch_size=DPO_STAGE.batch_size
-    )
+    module = DPO(str(output / "sft" / "model"), objective=DPO_OBJECTIVE, optimization=stage.optimization)
+    data = PreferenceDataModule(str(world_folder / "preferences_train.jsonl"), batch_size=stage.batch_size)
     return module, data
 
 
-def report(output: Path, seed: int, began: float, console: Console) -> None:
+PLAN = Plan(stages=((SFT_STAGE, sft_parts), (DPO_STAGE, dpo_parts)))
+
+
+def report(plan: Plan, output: Path, seed: int, began: float, console: Console) -> None:
     """Sample, score, and write the report folder: the last thing to appear, so that it means that all is done."""
     console.rule("samples")
     world = World(seed)
-    prompts = world.prompts(NUM_PROMPTS, "val")
+    prompts = world.prompts(plan.num_prompts, "val")
     rows: list[Row] = []
     samples: list[dict[str, Any]] = []
     sft: Samples | None = None
-    for stage in (SFT_STAGE, DPO_STAGE):
+    for stage, _ in plan.stages:
         folder = output / stage.name.lower() / "model"
         drawn = sample_and_score(folder, prompts, world, sampling=SAMPLING, seed=seed, title=stage.name)
         sft = sft or drawn

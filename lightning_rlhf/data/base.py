@@ -177,7 +177,21 @@ class GroupDataModule(L.LightningDataModule):
             The loader; row i of ``datasets[split]`` has ``row_ids`` i.
         """
         sampler = self._sampler(split, batch_size, shuffle=False)
-        return DataLoader(self.datasets[split], batch_size=None, sampler=sampler, collate_fn=PackCollator())
+        return DataLoader(
+            self.datasets[split],
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=PackCollator(),
+            generator=self._generator(),
+        )
+
+    def _generator(self) -> torch.Generator:
+        """Where a loader draws the seed of each of its iterators from.
+
+        Drawn from the global state, a run resumed between two epochs, or between a checkpoint and the validation
+        after it, would have other dropout masks than one that was never interrupted.
+        """
+        return torch.Generator().manual_seed(self.seed)
 
     def _loader(self, split: str, *, training: bool = False) -> Loader:
         if split not in self.datasets:
@@ -187,6 +201,7 @@ class GroupDataModule(L.LightningDataModule):
             "collate_fn": PackCollator(),
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
+            "generator": self._generator(),
         }
         if split == "predict" or (training and getattr(trainer, "overfit_batches", False)):
             # Here Lightning puts its own samplers in: to know a prediction's row, and to repeat the same batches.

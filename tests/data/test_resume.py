@@ -1,4 +1,5 @@
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -80,3 +81,23 @@ class Rows:
 
     def __getitem__(self, rows):
         return rows
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_draws_nothing_from_the_global_random_state(tokenizer, workers):
+    """Else a run resumed where an iterator had yet to be made would draw other dropout masks."""
+    datamodule = SFTDataModule(
+        data(), data(), test=data(), predict=data(), tokenizer=tokenizer, num_workers=workers
+    )
+    for stage in ("fit", "test", "predict"):
+        datamodule.setup(stage)
+    before = torch.get_rng_state()
+    for loader in (
+        datamodule.train_dataloader(),
+        datamodule.val_dataloader(),
+        datamodule.test_dataloader(),
+        datamodule.predict_dataloader(),
+        datamodule.evaluation_loader("train"),
+    ):
+        next(iter(loader))
+        assert torch.equal(torch.get_rng_state(), before)
