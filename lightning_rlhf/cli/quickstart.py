@@ -66,7 +66,7 @@ class Plan:
     """
 
     stages: tuple[tuple[Stage, Build], ...]
-    num_demonstrations: int = 24_000
+    num_demonstrations: int = 20_000
     num_pairs: int = 3_400
     num_prompts: int = 500
 
