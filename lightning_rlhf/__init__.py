@@ -9,10 +9,12 @@ from typing import Any
 _HOMES = {
     "SFT": "lightning_rlhf.algorithms",
     "DPO": "lightning_rlhf.algorithms",
+    "KTO": "lightning_rlhf.algorithms",
     "Optimization": "lightning_rlhf.algorithms",
     "RewardModel": "lightning_rlhf.algorithms",
     "SFTDataModule": "lightning_rlhf.data",
     "PreferenceDataModule": "lightning_rlhf.data",
+    "UnpairedDataModule": "lightning_rlhf.data",
     "Policy": "lightning_rlhf.models",
     "LoRA": "lightning_rlhf.models",
     "Quantization": "lightning_rlhf.models",
@@ -23,6 +25,7 @@ _MODULES = ("callbacks", "functional", "metrics", "objectives", "sandbox")
 __version__ = "0.1.0"
 __all__ = [
     "DPO",
+    "KTO",
     "SFT",
     "LoRA",
     "Optimization",
@@ -32,6 +35,7 @@ __all__ = [
     "RewardModel",
     "SFTDataModule",
     "Sampling",
+    "UnpairedDataModule",
     "callbacks",
     "functional",
     "metrics",

@@ -123,8 +123,13 @@ def check_pairs(batch: PackedBatch) -> None:
     """Refuse a batch whose groups are not pairs.
 
     Raises:
-        ValueError: If a prompt has another number of completions than two.
+        ValueError: If a prompt has another number of completions than two, or a labelled and a mismatched one.
     """
+    if "label" in batch.extras:
+        raise ValueError(
+            f"row {batch.row_ids[0]}: this is unpaired data, whose second completion belongs to another prompt: DPO "
+            "needs pairs: use PreferenceDataModule"
+        )
     for row, lengths in zip(batch.row_ids, batch.completion_lengths, strict=True):
         if len(lengths) != PAIR:
             raise ValueError(

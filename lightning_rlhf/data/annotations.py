@@ -1,4 +1,4 @@
-"""What was said of completions: margins and ranks."""
+"""What was said of completions: margins, ranks and labels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -72,6 +72,36 @@ def read_ranks(row: Mapping[str, Any], completions: Sequence[Text]) -> tuple[flo
         raise BadRow("equal ranks", f"all ranks are {ranks[0]:g}; there is nothing to learn from ties alone")
     _check_duplicates(completions, ranks)
     return ranks
+
+
+def read_label(row: Mapping[str, Any]) -> dict[str, float]:
+    """Whether a completion is desirable.
+
+    Args:
+        row: Its values by column.
+
+    Returns:
+        ``{"label": 1.0}`` or ``{"label": 0.0}``.
+
+    Raises:
+        BadRow: If it is neither a truth value nor 0 or 1.
+
+    Example:
+        >>> read_label({"label": True}), read_label({"label": 0})
+        ({'label': 1.0}, {'label': 0.0})
+    """
+    label = row.get("label")
+    if label is None:
+        raise BadRow("missing value", "column 'label' has no value (null); every row needs one")
+    if not isinstance(label, int | float):
+        raise BadRow(
+            "wrong type",
+            f"column 'label' is {label!r:.40}, of type {type(label).__name__}; it must be true or false, or 1 or 0: "
+            "convert it before, for example by rows.map(lambda row: {'label': row['label'] == 'true'})",
+        )
+    if label not in (0, 1):
+        raise BadRow("wrong label", f"column 'label' is {label}; it must be true or false, or 1 or 0")
+    return {"label": float(label)}
 
 
 def _check_duplicates(completions: Sequence[Text], ranks: Sequence[float]) -> None:

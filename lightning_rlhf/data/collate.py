@@ -6,7 +6,7 @@ from typing import Any
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 
 # Columns of a tokenised data set that travel along with a group.
-EXTRAS = ("margin",)
+EXTRAS = ("margin", "label")
 
 
 class PackCollator:

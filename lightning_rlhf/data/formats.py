@@ -6,19 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lightning_rlhf.data.annotations import read_margin, read_ranks
+from lightning_rlhf.data.annotations import read_label, read_margin, read_ranks
 from lightning_rlhf.data.prompts import Text, split_prompt
 from lightning_rlhf.data.report import BadRow
 
-Task = Literal["sft", "preference"]
+Task = Literal["sft", "preference", "unpaired"]
 
+PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 # The columns that make up each format, in the order in which they are looked for.
 FORMATS: dict[Task, tuple[tuple[str, ...], ...]] = {
+    "preference": (*PAIRS, ("prompt", "completions")),
+    "unpaired": (("prompt", "completion", "label"), *PAIRS),
     "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
-    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "completions")),
 }
-NAMES = {"sft": "supervised fine-tuning", "preference": "preference data"}
-DATAMODULES = {"sft": "SFTDataModule", "preference": "PreferenceDataModule"}
+NAMES = {
+    "sft": "supervised fine-tuning",
+    "preference": "preference data",
+    "unpaired": "unpaired preference data",
+}
+DATAMODULES = {
+    "sft": "SFTDataModule",
+    "preference": "PreferenceDataModule",
+    "unpaired": "UnpairedDataModule",
+}
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -147,6 +157,8 @@ def read_example(row: Mapping[str, Any], columns: tuple[str, ...]) -> Example:
 def _annotated(example: Example, row: Mapping[str, Any], columns: tuple[str, ...]) -> Example:
     if "chosen" in columns:
         return replace(example, extras=read_margin(row))
+    if "label" in columns:
+        return replace(example, extras=read_label(row))
     if "completions" not in columns:
         return example
     ranks = read_ranks(row, example.completions)
@@ -163,6 +175,8 @@ def _texts(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Text]:
     found: dict[str, Text] = {}
     for column in columns:
         value = row.get(column)
+        if column == "label":
+            continue
         if column != "completions" or value is None:
             found[column] = _text(value, column)
             continue
@@ -173,6 +187,29 @@ def _texts(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Text]:
             )
         found |= {f"completions[{k}]": _text(each, f"completions[{k}]") for k, each in enumerate(value)}
     return found
+
+
+def unpair(example: Example) -> tuple[Example, ...]:
+    """A pair as a desirable and an undesirable example; a labelled example as it is.
+
+    Args:
+        example: Of unpaired preference data, or a pair.
+
+    Returns:
+        Examples of one completion, each with a label among its extras.
+
+    Example:
+        >>> good, bad = unpair(Example("Sky?", (" blue", " black")))
+        >>> good.completions, good.extras, bad.completions, bad.extras
+        ((' blue',), {'label': 1.0}, (' black',), {'label': 0.0})
+    """
+    if "label" in example.extras:
+        return (example,)
+    chosen, rejected = example.completions
+    return (
+        replace(example, completions=(chosen,), extras={"label": 1.0}),
+        replace(example, completions=(rejected,), extras={"label": 0.0}),
+    )
 
 
 def _text(value: Any, column: str) -> Text:  # noqa: ANN401 - whatever the data has

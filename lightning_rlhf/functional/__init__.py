@@ -8,6 +8,7 @@ from lightning_rlhf.functional.annotators import agreement, cohen_kappa
 from lightning_rlhf.functional.calibration import ReliabilityCurve, calibration_error, reliability_curve
 from lightning_rlhf.functional.intervals import wilson_interval
 from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
+from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
 from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy
 from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_logprobs
@@ -28,6 +29,7 @@ __all__ = [
     "ReliabilityCurve",
     "TokenLogprobs",
     "agreement",
+    "apo_zero_unpaired_loss",
     "bradley_terry_loss",
     "calibration_error",
     "cohen_kappa",
@@ -40,6 +42,8 @@ __all__ = [
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "kto_loss",
+    "kto_reference_point",
     "length_correlation",
     "longer_wins_accuracy",
     "masked_mean",

@@ -1,3 +1,4 @@
+import copy
 import random
 
 import lightning as L
@@ -16,6 +17,31 @@ def random_groups(count, num_completions, seed=0):
         PromptGroup(ids(1, 9), [ids(1, 9) for _ in range(num_completions)], row_id=row)
         for row in range(count)
     ]
+
+
+def labelled(count, k=2, seed=0, labels=None):
+    """Groups whose second completion is the one of the row before, as TRL pairs them."""
+    groups = random_groups(count, 1, seed)
+    labels = labels or [float(row % 3 != 1) for row in range(count)]
+    return [
+        PromptGroup(
+            group.prompt,
+            [group.completions[0], groups[row - 1].completions[0]][:k],
+            row_id=row,
+            extras={"label": labels[row]},
+        )
+        for row, group in enumerate(groups)
+    ]
+
+
+def away_from(model, seed=1, scale=0.02):
+    """Another model near this one, so that no log-ratio is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p += scale * torch.randn(p.shape, generator=generator)
+    return other
 
 
 @pytest.fixture
