@@ -6,7 +6,9 @@ import torch
 import yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-DATA = {"sft": "sft_train.jsonl", "dpo": "preferences_train.jsonl", "kto": "preferences_train.jsonl"}
+DATA = {"sft": "sft_train.jsonl"}
+PREFERENCES = "preferences_train.jsonl"
+ALGORITHMS = {"sft": "SFT", "kto": "KTO", "reward_model": "RewardModel", "reward_ensemble": "RewardModel"}
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +21,10 @@ def sandbox(tmp_path_factory, llama_dir):
         {"prompt": f"tell me {n}:", "completion": f" ok {n}", "chosen": f" yes {n}.", "rejected": " no"}
         for n in range(40)
     ]
-    columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}
+    columns = {DATA["sft"]: ("prompt", "completion"), PREFERENCES: ("prompt", "chosen", "rejected")}
     for name, wanted in columns.items():
         picked = [{column: row[column] for column in wanted} for row in rows]
-        (folder / DATA[name]).write_text("".join(json.dumps(row) + "\n" for row in picked))
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in picked))
     return folder
 
 
@@ -37,7 +39,7 @@ def arguments(sandbox, tmp_path):
             *(RECIPES / "overlays" / f"{o}.yaml" for o in ("tiny", *overlays)),
         ]
         words = [word for path in paths for word in ("--config", path)]
-        return [*words, "--data.train", f"sandbox/{DATA[recipe]}", "--trainer.max_steps", steps]
+        return [*words, "--data.train", f"sandbox/{DATA.get(recipe, PREFERENCES)}", "--trainer.max_steps", steps]
 
     return make
 
@@ -56,7 +58,8 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
     assert code == 0, error[-2000:]
     saved = torch.load(checkpoint(tmp_path), weights_only=True)
     assert saved["global_step"] == 2
-    assert saved["algorithm"] == recipe.upper()
+    algorithm = ALGORITHMS.get(recipe, "DPO")
+    assert saved["algorithm"] == algorithm
     assert "random_states" in saved
     assert (
         yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())["trainer"][
@@ -66,11 +69,12 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
     )
     code, printed, error = program("export", checkpoint(tmp_path), "--output", "out", "--merge")
     assert code == 0, error
-    assert recipe.upper() in printed
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert algorithm in printed
+    folder = tmp_path / "out" / "member_3" if recipe == "reward_ensemble" else tmp_path / "out"
+    assert (folder / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto", "reward_model"])
 def test_doctor_shows_what_will_happen_and_saves_nothing(program, arguments, tmp_path, recipe):
     words = arguments(recipe, "lora")
     code, printed, error = program("doctor", *words)
@@ -85,7 +89,7 @@ def test_doctor_shows_what_will_happen_and_saves_nothing(program, arguments, tmp
         "one optimizer step",
     ):
         assert text in printed
-    assert ("base without its adapter" in printed) == (recipe != "sft")
+    assert ("base without its adapter" in printed) == (recipe in ("dpo", "kto"))
     assert [path.name for path in tmp_path.iterdir()] == ["sandbox"]
 
 
