@@ -5,7 +5,9 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before anything imports these libraries: they read their environment once.
 _CACHE = tempfile.mkdtemp(prefix="lightning-rlhf-tests-")
@@ -83,3 +85,24 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     tiny("LlamaConfig").save_pretrained(path)
     letters().save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Any]:
+    """A stock Trainer on the CPU that logs to memory only."""
+    import lightning as L
+
+    def make(**settings: Any) -> L.Trainer:  # noqa: ANN401
+        defaults = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "log_every_n_steps": 1,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(**{**defaults, **settings})
+
+    return make

@@ -1,25 +1,23 @@
 """Direct preference optimisation and, through its objective, its family."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf import functional as RF
-from lightning_rlhf.algorithms.base import Algorithm, as_policy, plain
+from lightning_rlhf.algorithms.base import plain
 from lightning_rlhf.algorithms.optimization import Optimization
-from lightning_rlhf.algorithms.reference_cache import ReferenceCache
+from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.data.packing import PackedBatch
-from lightning_rlhf.models import Policy, Reference, load_language_model
-from lightning_rlhf.models.language_model import disable_dropout
+from lightning_rlhf.models import Policy
 from lightning_rlhf.objectives import Objective, Sigmoid
 
 PAIR = 2
 
 
-class DPO(Algorithm):
+class DPO(Referenced):
     r"""Direct preference optimisation (Rafailov et al., 2023) on pairs of a chosen and a rejected completion.
 
     $-\log \sigma(\beta [\log \frac{\pi(y_w)}{\pi_{ref}(y_w)} - \log \frac{\pi(y_l)}{\pi_{ref}(y_l)}])$, the mean
@@ -62,15 +60,10 @@ class DPO(Algorithm):
         precompute_reference: bool = False,
         cache_dir: str = ".lightning_rlhf/reference",
     ) -> None:
-        super().__init__(policy, tokenizer, optimization)
+        super().__init__(policy, tokenizer, optimization, reference, precompute_reference, cache_dir)
         self.objective = (
             Objective.from_config(objective) if isinstance(objective, Mapping) else objective or Sigmoid()
         )
-        self.reference_settings = None if reference is None else as_policy(reference)[0]
-        self.precompute_reference = precompute_reference
-        self.reference: Reference | None = None
-        self.reference_cache = ReferenceCache(Path(cache_dir)) if precompute_reference else None
-        self._checked = False
         self.save_hyperparameters(
             {
                 "policy": plain(policy),
@@ -84,55 +77,15 @@ class DPO(Algorithm):
         if self.policy_settings is None:
             self.on_policy_loaded()
 
-    # --- the reference --------------------------------------------------------------------------------------------
-
-    def on_policy_loaded(self) -> None:
-        """Make the reference from the untrained policy, and switch dropout off in both."""
-        disable_dropout(self.policy)
-        if self.reference_settings is not None:
-            self.reference = Reference(load_language_model(self.reference_settings), kind="model")
-        elif self.reference_cache is None:
-            self.reference = Reference(self.policy)
-        else:
-            self.reference_cache.remember(self.policy)
-
-    def on_fit_start(self) -> None:
-        """Precompute the reference's log-probabilities, where asked."""
-        if self.reference_cache is not None:
-            scorer = self.reference or Reference(self.policy, kind=self.reference_cache.kind)
-            self.reference_cache.prepare(scorer, self.trainer, ("train", "val"))
-
-    def reference_logps(self, batch: PackedBatch, stage: str) -> Tensor:
-        """Log-probabilities of the completions under the reference, ``(N,)``: computed now, or looked up."""
-        if self.reference_cache is not None and stage in self.reference_cache:
-            return self.reference_cache.lookup(stage, batch)
-        if self.reference is None:
-            raise ValueError(f"no reference log-probabilities for {stage!r}: set precompute_reference: false")
-        return self.reference(batch)
-
-    def _assert_equal_at_start(self, logps: Tensor, ref_logps: Tensor, batch: PackedBatch) -> None:
-        """At step 0 policy and reference are the same model, so every log-ratio is 0 up to rounding."""
-        self._checked = True
-        if self.reference_settings is not None or self.global_step > 0:
-            return
-        half = self.trainer.precision not in ("32-true", "64-true") or logps.dtype != torch.float32
-        half = half or any(p.dtype in (torch.bfloat16, torch.float16) for p in self.policy.parameters())
-        gap = ((logps - ref_logps).abs() / batch.target_lengths.clamp(min=1)).max().item()
-        if gap > (2e-2 if half else 1e-4):
-            raise RuntimeError(
-                f"at step 0 policy and reference differ by {gap:.3g} nats a token (KL should be 0): the reference is "
-                "not the model that the policy starts from. Was the policy changed after the module was built, or is "
-                "the cached reference of other weights (delete cache_dir)?"
-            )
-
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def losses(self, batch: PackedBatch, stage: str) -> Tensor:
         """The objective's loss of every pair, ``(N/2,)``."""
         check_pairs(batch)
+        # The reference first: what the policy keeps for its backward does not wait in memory beside it.
+        ref_logps = self.reference_logps(batch, stage)
         tokens = self.policy(batch, with_entropy=True)
         logps = RF.sum_by_sequence(tokens.logprobs, batch.target_lengths)
-        ref_logps = self.reference_logps(batch, stage)
         if stage == "train" and not self._checked:
             self._assert_equal_at_start(logps.detach(), ref_logps, batch)
         losses = self.objective(logps[0::PAIR], logps[1::PAIR], ref_logps[0::PAIR], ref_logps[1::PAIR])
@@ -170,11 +123,16 @@ def check_pairs(batch: PackedBatch) -> None:
     """Refuse a batch whose groups are not pairs.
 
     Raises:
-        ValueError: If a prompt has another number of completions than two.
+        ValueError: If a prompt has another number of completions than two, or a labelled and a mismatched one.
     """
+    if "label" in batch.extras:
+        raise ValueError(
+            f"row {batch.row_ids[0]}: this is unpaired data, whose second completion belongs to another prompt: DPO "
+            "needs pairs: use PreferenceDataModule"
+        )
     for row, lengths in zip(batch.row_ids, batch.completion_lengths, strict=True):
         if len(lengths) != PAIR:
             raise ValueError(
                 f"row {row}: DPO needs two completions a prompt (chosen, rejected), got {len(lengths)}: use "
-                "PreferenceDataModule"
+                "PreferenceDataModule with pairs; rankings are for a RewardModel"
             )

@@ -8,8 +8,8 @@ import torch
 from rich.table import Table
 
 from lightning_rlhf import functional as RF
-from lightning_rlhf.algorithms import DPO
 from lightning_rlhf.algorithms.base import Algorithm
+from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.reference import REFERENCE_ADAPTER
@@ -94,7 +94,7 @@ def facts_table(trainer: L.Trainer, module: Algorithm, batch: PackedBatch, *, pr
         "groups an optimizer step",
         f"about {batch.num_groups * window * trainer.world_size} (accumulating {window})",
     )
-    if isinstance(module, DPO):
+    if isinstance(module, Referenced):
         assert module.reference is not None
         how = (
             "another model, given by reference"
@@ -119,7 +119,7 @@ REFERENCES = {
 
 
 @torch.no_grad()
-def kl_at_start(module: DPO, batch: PackedBatch) -> str:
+def kl_at_start(module: Referenced, batch: PackedBatch) -> str:
     """How far policy and reference are apart on a batch, in words: 0 up to rounding."""
     logps = RF.sum_by_sequence(module.policy(batch).logprobs, batch.target_lengths)
     gap = logps - module.reference_logps(batch, "doctor")

@@ -4,13 +4,22 @@ from pathlib import Path
 
 from lightning_rlhf.cli.plain import run_function
 from lightning_rlhf.models.export import export_checkpoint
+from lightning_rlhf.models.reward_export import export_reward_model, is_reward_model
 from lightning_rlhf.models.settings import Dtype
 
 
 def export(
-    checkpoint: Path, output: Path, merge: bool = False, dtype: Dtype = "auto", overwrite: bool = False
+    checkpoint: Path,
+    output: Path,
+    merge: bool = False,
+    dtype: Dtype = "auto",
+    overwrite: bool = False,
+    member: int | None = None,
+    average: bool = False,
 ) -> None:
-    """Write the policy of a checkpoint as a directory that transformers, peft and vLLM load unchanged.
+    """Write the model of a checkpoint as a directory that transformers, peft and vLLM load unchanged.
+
+    A reward model becomes one for AutoModelForSequenceClassification; an ensemble, one directory a member.
 
     Args:
         checkpoint: A checkpoint file of a training.
@@ -19,7 +28,25 @@ def export(
             is merged onto the base in bfloat16.
         dtype: Of merged or full weights; auto keeps the training's, bfloat16 for a quantised base.
         overwrite: Replace the directory where it exists.
+        member: Of an ensemble of reward models, write this one only; the first is 0.
+        average: Of an ensemble of reward models, write one with the mean of their weights (WARM).
     """
+    if is_reward_model(checkpoint):
+        written = export_reward_model(
+            checkpoint,
+            output,
+            merge=merge,
+            dtype=dtype,
+            overwrite=overwrite,
+            member=member,
+            average=average,
+        )
+        print(f"wrote {output}: {written}, with its tokenizer")
+        return
+    if member is not None or average:
+        raise ValueError(
+            f"{checkpoint} is no reward model's: --member and --average are for ensembles of them"
+        )
     written = export_checkpoint(checkpoint, output, merge=merge, dtype=dtype, overwrite=overwrite)
     print(f"wrote {output}: {written}, with its tokenizer")
 

@@ -28,7 +28,7 @@ training, configured by YAML files that can be stacked and by flags that overrid
   fit         train:  lightning-rlhf fit --config recipes/dpo.yaml --model.policy.path ./my-sft-model
   validate    evaluate on the validation set
   test        evaluate on the test set
-  predict     write log-probabilities (SFT) or implicit rewards (DPO), one line a row
+  predict     write log-probabilities (SFT) or implicit rewards (DPO, KTO), one line a row
 
 beside it:
   doctor      show, before a long run, what will happen

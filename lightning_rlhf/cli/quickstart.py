@@ -66,7 +66,7 @@ class Plan:
     """
 
     stages: tuple[tuple[Stage, Build], ...]
-    num_demonstrations: int = 24_000
+    num_demonstrations: int = 20_000
     num_pairs: int = 3_400
     num_prompts: int = 500
 
@@ -74,16 +74,18 @@ class Plan:
 SFT_STAGE = Stage(
     name="SFT",
     metric="train/loss",
-    max_epochs=1,
+    max_epochs=2,
     batch_size=64,
-    optimization=Optimization(lr=2e-3, weight_decay=0.01, schedule="cosine", warmup_ratio=0.05),
+    optimization=Optimization(
+        lr=3e-3, weight_decay=0.01, betas=(0.9, 0.95), schedule="cosine", warmup_ratio=0.05
+    ),
 )
 DPO_STAGE = Stage(
     name="DPO",
     metric="train/rewards/accuracies",
     max_epochs=1,
-    batch_size=32,
-    optimization=Optimization(lr=2e-4, schedule="cosine", warmup_ratio=0.1),
+    batch_size=16,
+    optimization=Optimization(lr=1e-4, schedule="cosine", warmup_ratio=0.1),
 )
 DPO_OBJECTIVE = Sigmoid(beta=0.1)
 SAMPLING = Sampling(max_new_tokens=64, temperature=1.0, batch_size=128)

@@ -139,7 +139,12 @@ class GroupDataModule(L.LightningDataModule):
             name,
             chosen,
         )
-        return tokenize(rows if chosen is None else rows.select(chosen), job, num_proc=self.num_proc)
+        made = tokenize(rows if chosen is None else rows.select(chosen), job, num_proc=self.num_proc)
+        return self.complete(*made, split)
+
+    def complete(self, rows: Dataset, report: SplitReport, split: str) -> tuple[Dataset, SplitReport]:
+        """What a datamodule does with the tokenised rows of a split; nothing by default."""
+        return rows, report
 
     def _share(self, split: str, count: int) -> Sequence[int] | None:
         """Which rows of the training data a split has, where a fraction of them is kept for validation."""

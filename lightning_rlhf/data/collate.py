@@ -6,7 +6,7 @@ from typing import Any
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 
 # Columns of a tokenised data set that travel along with a group.
-EXTRAS = ("margin",)
+EXTRAS = ("margin", "label")
 
 
 class PackCollator:
@@ -37,5 +37,6 @@ def group_of(row: Mapping[str, Any]) -> PromptGroup:
         completions=row["completion_ids"],
         masks=row.get("completion_masks"),
         row_id=row.get("row_id", -1),
+        ranks=row.get("ranks"),
         extras={name: row[name] for name in EXTRAS if name in row},
     )

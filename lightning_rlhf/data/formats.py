@@ -3,22 +3,34 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from lightning_rlhf.data.annotations import read_label, read_margin, read_ranks
 from lightning_rlhf.data.prompts import Text, split_prompt
+from lightning_rlhf.data.report import BadRow
 
-Task = Literal["sft", "preference"]
+Task = Literal["sft", "preference", "unpaired"]
 
+PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 # The columns that make up each format, in the order in which they are looked for.
 FORMATS: dict[Task, tuple[tuple[str, ...], ...]] = {
+    "preference": (*PAIRS, ("prompt", "completions")),
+    "unpaired": (("prompt", "completion", "label"), *PAIRS),
     "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
-    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
 # How alike two names of columns are that may be, and that must be, one misspelt: prompt_id is no prompt, propmt is.
 PERHAPS, SURELY = 0.7, 0.82
-NAMES = {"sft": "supervised fine-tuning", "preference": "preference data"}
-DATAMODULES = {"sft": "SFTDataModule", "preference": "PreferenceDataModule"}
+NAMES = {
+    "sft": "supervised fine-tuning",
+    "preference": "preference data",
+    "unpaired": "unpaired preference data",
+}
+DATAMODULES = {
+    "sft": "SFTDataModule",
+    "preference": "PreferenceDataModule",
+    "unpaired": "UnpairedDataModule",
+}
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -28,31 +40,18 @@ ROLES = {
 }
 
 
-class BadRow(ValueError):
-    """A row that cannot be used.
-
-    Attributes:
-        reason: A few words, the same for all rows of this kind: what dropped rows are counted by.
-        detail: Column, problem and remedy.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-
-
 @dataclass(frozen=True)
 class Example:
     """One row, whatever its format.
 
     Attributes:
         prompt: Text or messages; empty where there is none.
-        completions: Of the same kind as the prompt. For language modelling, one, the whole text.
+        completions: Of the same kind as the prompt, the best first. For language modelling, one, the whole text.
         whole: Whether it is language modelling: nothing says where the prompt ends.
         tools: Descriptions of functions, for the chat template.
         template_kwargs: More for the chat template.
         extras: Numbers that travel along.
+        ranks: One per completion, lower is better; None where the data does not rank.
     """
 
     prompt: Text
@@ -61,6 +60,7 @@ class Example:
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, float] = field(default_factory=dict)
+    ranks: tuple[float, ...] | None = None
 
     @property
     def conversational(self) -> bool:
@@ -88,7 +88,7 @@ def recognise(columns: Sequence[str], task: Task, name: str = "the data") -> tup
         >>> recognise(["prompt", "chosn", "rejected"], "preference")
         Traceback (most recent call last):
         ValueError: the data has the columns prompt, chosn, rejected. For preference data it needs prompt + chosen +
-        rejected, or chosen + rejected. Is 'chosn' a misspelling of 'chosen'? Rename it
+        rejected, or chosen + rejected, or prompt + completions. Is 'chosn' a misspelling of 'chosen'? Rename it
     """
     for wanted in FORMATS[task]:
         missing = set(wanted) - set(columns)
@@ -133,7 +133,8 @@ def read_example(row: Mapping[str, Any], columns: tuple[str, ...]) -> Example:
         The example.
 
     Raises:
-        BadRow: If a value is missing, has a wrong type or is empty, or the completions of a pair are identical.
+        BadRow: If a value is missing, has a wrong type or is empty, the completions of a pair are identical, or ranks
+            contradict.
 
     Example:
         >>> row = {"chosen": "Sky? It is blue", "rejected": "Sky? It is black"}
@@ -141,7 +142,7 @@ def read_example(row: Mapping[str, Any], columns: tuple[str, ...]) -> Example:
         >>> example.prompt, example.completions
         ('Sky? It is', (' blue', ' black'))
     """
-    values = {column: _text(row.get(column), column) for column in columns}
+    values = _texts(row, columns)
     tools, kwargs = (
         _json(row.get("tools"), "tools"),
         _json(row.get("chat_template_kwargs"), "chat_template_kwargs"),
@@ -161,8 +162,65 @@ def read_example(row: Mapping[str, Any], columns: tuple[str, ...]) -> Example:
             raise BadRow("empty completion", f"column {name!r} is empty; there is nothing to learn from")
     if row.get("system"):
         prompt, completions = _with_system(str(row["system"]), prompt, completions, whole=whole)
-    return Example(
-        prompt, tuple(completions), whole, tools or None, _without_nulls(kwargs or {}), _extras(row, columns)
+    example = Example(prompt, tuple(completions), whole, tools or None, _without_nulls(kwargs or {}))
+    return _annotated(example, row, columns)
+
+
+def _annotated(example: Example, row: Mapping[str, Any], columns: tuple[str, ...]) -> Example:
+    if "chosen" in columns:
+        return replace(example, extras=read_margin(row))
+    if "label" in columns:
+        return replace(example, extras=read_label(row))
+    if "completions" not in columns:
+        return example
+    ranks = read_ranks(row, example.completions)
+    best_first = sorted(range(len(ranks)), key=ranks.__getitem__)
+    return replace(
+        example,
+        completions=tuple(example.completions[i] for i in best_first),
+        ranks=tuple(ranks[i] for i in best_first),
+    )
+
+
+def _texts(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Text]:
+    """The texts of a row by the name of their column; a ranking's completions are numbered."""
+    found: dict[str, Text] = {}
+    for column in columns:
+        value = row.get(column)
+        if column == "label":
+            continue
+        if column != "completions" or value is None:
+            found[column] = _text(value, column)
+            continue
+        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+            raise BadRow(
+                "wrong type",
+                f"column 'completions' is {value!r:.40}; it must be a list of two or more completions",
+            )
+        found |= {f"completions[{k}]": _text(each, f"completions[{k}]") for k, each in enumerate(value)}
+    return found
+
+
+def unpair(example: Example) -> tuple[Example, ...]:
+    """A pair as a desirable and an undesirable example; a labelled example as it is.
+
+    Args:
+        example: Of unpaired preference data, or a pair.
+
+    Returns:
+        Examples of one completion, each with a label among its extras.
+
+    Example:
+        >>> good, bad = unpair(Example("Sky?", (" blue", " black")))
+        >>> good.completions, good.extras, bad.completions, bad.extras
+        ((' blue',), {'label': 1.0}, (' black',), {'label': 0.0})
+    """
+    if "label" in example.extras:
+        return (example,)
+    chosen, rejected = example.completions
+    return (
+        replace(example, completions=(chosen,), extras={"label": 1.0}),
+        replace(example, completions=(rejected,), extras={"label": 0.0}),
     )
 
 
@@ -246,12 +304,3 @@ def _with_system(
     if whole:
         return prompt, [[message, *completion] for completion in completions]
     return [message, *prompt], completions
-
-
-def _extras(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, float]:
-    if "chosen" not in columns or "margin" not in row:
-        return {}
-    margin = row["margin"]
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
-        raise BadRow("wrong type", f"column 'margin' is of type {type(margin).__name__}; it must be a number")
-    return {"margin": float(margin)}

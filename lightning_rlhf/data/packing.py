@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class PromptGroup:
         masks: For each completion, which of its tokens count; None where all do.
         row_id: Where the group stands in its data set: the key of stored reference log-probabilities.
         extras: Numbers that travel along, such as a margin.
+        ranks: One per completion, lower is better, ties allowed; None where the order is all there is to know.
     """
 
     prompt: Sequence[int]
@@ -26,6 +28,7 @@ class PromptGroup:
     masks: Sequence[Sequence[bool]] | None = None
     row_id: int = -1
     extras: dict[str, float] = field(default_factory=dict)
+    ranks: Sequence[float] | None = None
 
 
 class Segment(NamedTuple):
@@ -49,12 +52,14 @@ class PaddedBatch(NamedTuple):
         attention_mask: ``(N, L)``, boolean, from lengths.
         position_ids: ``(N, L)``.
         predictors: Flat indices into ``N·L`` of the positions that predict a target, ``(M,)``.
+        ends: Flat indices of the last token of each completion, ``(N,)``.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     predictors: Tensor
+    ends: Tensor
 
 
 @dataclass(eq=False)  # not frozen: Lightning's precision plugins refuse frozen dataclasses in a batch
@@ -74,6 +79,7 @@ class PackedBatch:
         num_targets: ``target_lengths`` on the host, N integers.
         row_ids: G integers.
         extras: Numbers a group, each ``(G,)``.
+        ranks: Of the completions within their group, lower is better, ``(N,)``; None where the data does not rank.
     """
 
     input_ids: Tensor
@@ -86,6 +92,7 @@ class PackedBatch:
     num_targets: tuple[int, ...]
     row_ids: tuple[int, ...]
     extras: dict[str, Tensor] = field(default_factory=dict)
+    ranks: Tensor | None = None
 
     @property
     def num_groups(self) -> int:
@@ -130,6 +137,16 @@ class PackedBatch:
             start = end
         return tuple(segments)
 
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where the last token of each completion stands, ``(N,)``."""
+        lengths = [
+            n for p, c in zip(self.prompt_lengths, self.completion_lengths, strict=True) for n in (p, *c)
+        ]
+        is_prompt = [first for c in self.completion_lengths for first in (True, *[False] * len(c))]
+        ends = [end - 1 for end, first in zip(accumulate(lengths), is_prompt, strict=True) if not first]
+        return torch.tensor(ends, device=self.input_ids.device)
+
     def padded(self) -> PaddedBatch:
         """One right-padded row per prompt + completion, from the same tensors."""
         device = self.input_ids.device
@@ -159,7 +176,8 @@ class PackedBatch:
         lengths = torch.tensor(self.num_targets, device=device)
         row_of_target = torch.repeat_interleave(torch.arange(row, device=device), lengths)
         predictors = row_of_target * self.max_positions + self.position_ids[self.predictors]
-        return PaddedBatch(input_ids, mask, position_ids, predictors)
+        ends = torch.arange(row, device=device) * self.max_positions + self.position_ids[self.ends]
+        return PaddedBatch(input_ids, mask, position_ids, predictors, ends)
 
 
 def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
@@ -172,7 +190,8 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
         The batch, on the CPU.
 
     Raises:
-        ValueError: If there is no group, a prompt or a completion is empty, or a mask has the wrong length.
+        ValueError: If there is no group, a prompt or a completion is empty, a mask has the wrong length, or there are
+            ranks for some completions only.
 
     Example:
         >>> batch = pack([PromptGroup(prompt=[5, 6], completions=[[7, 8], [9]])])
@@ -217,7 +236,17 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
             name: torch.tensor([group.extras[name] for group in groups], dtype=torch.float32)
             for name in groups[0].extras
         },
+        ranks=_ranks(groups),
     )
+
+
+def _ranks(groups: Sequence[PromptGroup]) -> Tensor | None:
+    ranked = [group for group in groups if group.ranks is not None]
+    if not ranked:
+        return None
+    if len(ranked) < len(groups):
+        raise ValueError("some groups of the batch have ranks and others have none; rank all or none")
+    return torch.tensor([rank for group in ranked for rank in group.ranks or ()], dtype=torch.float32)
 
 
 def _check(group: PromptGroup) -> None:
@@ -227,3 +256,7 @@ def _check(group: PromptGroup) -> None:
         raise ValueError(f"row {group.row_id}: every group needs completions, each with at least one token")
     if group.masks is not None and [len(m) for m in group.masks] != [len(c) for c in group.completions]:
         raise ValueError(f"row {group.row_id}: a mask has another length than its completion")
+    if group.ranks is not None and len(group.ranks) != len(group.completions):
+        raise ValueError(
+            f"row {group.row_id}: {len(group.ranks)} ranks for {len(group.completions)} completions"
+        )

@@ -1,6 +1,20 @@
-"""What became of the rows of a data set."""
+"""What became of the rows of a data set, and what was wrong with one."""
 
 from dataclasses import dataclass, field
+
+
+class BadRow(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: A few words, the same for all rows of this kind: what dropped rows are counted by.
+        detail: Column, problem and remedy.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lightning_rlhf.data.formats import BadRow, Example
+from lightning_rlhf.data.formats import Example
+from lightning_rlhf.data.report import BadRow
 from lightning_rlhf.data.templates import Template
 
 LossOn = Literal["answers", "completion", "assistant", "all"]
@@ -45,6 +46,7 @@ class Tokens:
         prompt_cut: Whether the prompt was truncated.
         completions_cut: How many completions were.
         extras: Numbers that travel along.
+        ranks: One per completion, lower is better; None where the data does not rank.
     """
 
     prompt: list[int]
@@ -53,6 +55,7 @@ class Tokens:
     prompt_cut: bool = False
     completions_cut: int = 0
     extras: dict[str, float] = field(default_factory=dict)
+    ranks: tuple[float, ...] | None = None
 
 
 class Encoder:
@@ -104,7 +107,8 @@ class Encoder:
             tokens = self._from_start(self._texts(example)[1], example)
         else:
             tokens = self._completion(example)
-        return truncate(replace(tokens, extras=example.extras), self.limits, keep=self._kept(tokens.prompt))
+        tokens = replace(tokens, extras=example.extras, ranks=example.ranks)
+        return truncate(tokens, self.limits, keep=self._kept(tokens.prompt))
 
     def _kept(self, prompt: Sequence[int]) -> int:
         if prompt and prompt[0] == self.tokenizer.bos_token_id:
@@ -196,8 +200,9 @@ def truncate(tokens: Tokens, limits: Limits, *, keep: int = 0) -> Tokens:
         BadRow: If a completion is empty, or the prompt leaves it no room.
 
     Example:
-        >>> truncate(Tokens([1, 5, 6, 7], [[8, 9], [10]]), Limits(4, 3), keep=1)
-        Tokens(prompt=[1, 6, 7], completions=[[8], [10]], masks=None, prompt_cut=True, completions_cut=1, extras={})
+        >>> cut = truncate(Tokens([1, 5, 6, 7], [[8, 9], [10]]), Limits(4, 3), keep=1)
+        >>> cut.prompt, cut.completions, cut.prompt_cut, cut.completions_cut
+        ([1, 6, 7], [[8], [10]], True, 1)
     """
     prompt, limit = tokens.prompt, limits.max_prompt_length
     if limit is not None and len(prompt) > limit:
@@ -217,13 +222,13 @@ def truncate(tokens: Tokens, limits: Limits, *, keep: int = 0) -> Tokens:
         raise BadRow(
             "nothing left to learn", "truncation to max_length leaves no token that counts; raise max_length"
         )
-    return Tokens(
-        prompt,
-        [completion[:room] for completion in tokens.completions],
-        masks,
-        len(prompt) < len(tokens.prompt),
-        sum(room is not None and len(completion) > room for completion in tokens.completions),
-        tokens.extras,
+    return replace(
+        tokens,
+        prompt=prompt,
+        completions=[completion[:room] for completion in tokens.completions],
+        masks=masks,
+        prompt_cut=len(prompt) < len(tokens.prompt),
+        completions_cut=sum(room is not None and len(c) > room for c in tokens.completions),
     )
 
 

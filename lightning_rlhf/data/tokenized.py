@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from lightning_rlhf.data.formats import BadRow, Example, Task, read_example, recognise
-from lightning_rlhf.data.report import SplitReport
+from lightning_rlhf.data.formats import Example, Task, read_example, recognise, unpair
+from lightning_rlhf.data.report import BadRow, SplitReport
 from lightning_rlhf.data.tokenization import Encoder, Limits, LossOn, Tokens
 
 OnBadRow = Literal["error", "drop"]
@@ -82,7 +82,7 @@ def tokenize_preference(
     name: str = "the Dataset",
     num_proc: int | None = None,
 ) -> tuple[Dataset, SplitReport]:
-    """Tokenise pairs: groups of two completions, chosen before rejected.
+    """Tokenise preferences: groups of two completions, chosen before rejected, or of several, the best first.
 
     Args:
         rows: With the columns of a format; others are ignored.
@@ -128,39 +128,49 @@ class Job:
         """Columns of token ids."""
         names = list(batch)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        examples = [self._read(row) for row in rows]
-        self.encoder.prepare(example for example in examples if isinstance(example, Example))
+        read = [self._read(row) for row in rows]
+        self.encoder.prepare(example for found in read if not isinstance(found, BadRow) for example in found)
         extras = dict.fromkeys(self.extras(names))
         records = [
-            extras | self._record(example, index) for example, index in zip(examples, indices, strict=True)
+            extras | record
+            for found, index in zip(read, indices, strict=True)
+            for record in self._records(found, index)
         ]
         self.encoder.prepare([])
         return {column: [record[column] for record in records] for column in records[0]}
 
-    def _read(self, row: Mapping[str, Any]) -> Example | BadRow:
+    def _read(self, row: Mapping[str, Any]) -> tuple[Example, ...] | BadRow:
         try:
-            return read_example(row, self.columns)
+            example = read_example(row, self.columns)
         except BadRow as problem:
             return problem
+        return unpair(example) if self.task == "unpaired" else (example,)
 
-    def _record(self, example: Example | BadRow, index: int) -> dict[str, Any]:
+    def _records(self, examples: tuple[Example, ...] | BadRow, index: int) -> list[dict[str, Any]]:
         at = index if self.source_rows is None else int(self.source_rows[index])
         try:
-            if isinstance(example, BadRow):
-                raise example
-            tokens = self.encoder(example)
+            if isinstance(examples, BadRow):
+                raise examples
+            return [self._record(self.encoder(example), at) for example in examples]
         except BadRow as problem:
             if self.on_bad_row == "error":
                 raise ValueError(
                     f"{self.name}, row {at + 1}: {problem.detail}. Correct or delete the row, or set "
                     "on_bad_row='drop' to leave such rows out and count them"
                 ) from None
-            return {**DROPPED, "source_row": at, "problem": problem.reason}
-        return {**_columns(tokens), "source_row": at, "problem": "", **tokens.extras}
+            return [{**DROPPED, "source_row": at, "problem": problem.reason}]
 
-    def extras(self, columns: Iterable[str]) -> list[str]:
-        """Columns of numbers that travel along."""
-        return ["margin"] if self.task == "preference" and "margin" in columns else []
+    def _record(self, tokens: Tokens, at: int) -> dict[str, Any]:
+        ranks = {} if tokens.ranks is None else {"ranks": list(tokens.ranks)}
+        return {**_columns(tokens), "source_row": at, "problem": "", **tokens.extras, **ranks}
+
+    def extras(self, columns: Iterable[str]) -> dict[str, Any]:
+        """Columns of numbers that travel along, and their types."""
+        if "completions" in self.columns:
+            return {"ranks": List(Value("float64"))}
+        if self.task == "unpaired":
+            return {"label": Value("float64")}
+        return {"margin": Value("float64")} if "chosen" in self.columns and "margin" in columns else {}
 
     def settings(self) -> list[str]:
         """All that decides what comes out, apart from the rows, as text."""
@@ -204,7 +214,7 @@ def tokenize(rows: Dataset, job: Job, *, num_proc: int | None = None) -> tuple[D
         ValueError: If a row is bad, or all were dropped.
     """
     digest = hashlib.sha256("\0".join([rows._fingerprint, *job.settings()]).encode()).hexdigest()[:32]
-    features = Features(COLUMNS | {name: Value("float64") for name in job.extras(rows.column_names)})
+    features = Features(COLUMNS | job.extras(rows.column_names))
     cache = None
     if rows.cache_files:
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "lightning_rlhf"

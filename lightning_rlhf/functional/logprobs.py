@@ -9,7 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 DEFAULT_CHUNK_SIZE = 512
-CPU_BLOCK_ROWS = 16
+BLOCK_ROWS_CPU = 16
+BLOCK_ROWS_GPU = 128
 
 
 class TokenLogprobs(NamedTuple):
@@ -29,58 +30,59 @@ class TokenLogprobs(NamedTuple):
 class _LogSoftmaxAt(torch.autograd.Function):
     """(logits, targets) → log-softmax at the targets, entropy, and whether the target is the largest logit.
 
-    One function rather than ``log_softmax().gather()``: a single (rows × vocabulary) tensor is kept, and the backward
-    writes the gradient of both outputs over it. That is safe because it always runs under a checkpoint, which
-    computes the tensor again for every backward.
+    One function rather than ``log_softmax().gather()``: only the logits are kept, and all that is derived from them
+    is computed in blocks of rows.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - torch's own type is private
+        ctx: Any,  # noqa: ANN401 - autograd's context
         logits: Tensor,
         targets: Tensor,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shifted = logits - logits.amax(-1, keepdim=True)
-        at_target = shifted.gather(-1, targets[:, None]).squeeze(-1)
+        largest = logits.amax(-1, keepdim=True)
+        at_target = (logits.gather(-1, targets[:, None]) - largest).squeeze(-1)
         total, entropy = torch.empty_like(at_target), torch.zeros_like(at_target)
-        for rows in _row_blocks(shifted):
-            weights = shifted[rows].exp()
+        for rows in _row_blocks(logits):
+            shifted = logits[rows] - largest[rows]
+            weights = shifted.exp()
             total[rows] = weights.sum(-1)
             if with_entropy:
-                entropy[rows] = weights.mul_(shifted[rows]).sum(-1)
+                entropy[rows] = weights.mul_(shifted).sum(-1)
         log_total = total.log()
         entropy = log_total - entropy / total
         correct = at_target == 0
         ctx.set_materialize_grads(False)  # an entropy that is only logged then costs nothing in the backward
-        ctx.save_for_backward(shifted, log_total, targets, entropy)
+        ctx.save_for_backward(logits, largest, log_total, targets, entropy)
         ctx.mark_non_differentiable(correct)
         return at_target - log_total, entropy, correct
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,  # noqa: ANN401 - autograd's context
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         _: None,
     ) -> tuple[Tensor, None, None]:
-        shifted, log_total, targets, entropy = ctx.saved_tensors
+        logits, largest, log_total, targets, entropy = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_total)
         # dlogp_t/dz_j = δ_tj − p_j and dH/dz_j = −p_j (log p_j + H)
-        for rows in _row_blocks(shifted):
+        for rows in _row_blocks(logits):
             slope: Tensor = -grad_logprobs[rows, None]
-            logp = shifted[rows].sub_(log_total[rows, None])
+            logp = torch.sub(logits[rows], largest[rows], out=gradient[rows]).sub_(log_total[rows, None])
             if grad_entropy is not None:
                 slope = slope - grad_entropy[rows, None] * (logp + entropy[rows, None])
             logp.exp_().mul_(slope)
-        return shifted.scatter_add_(-1, targets[:, None], grad_logprobs[:, None]), None, None
+        return gradient.scatter_add_(-1, targets[:, None], grad_logprobs[:, None]), None, None
 
 
 def _row_blocks(logits: Tensor) -> list[slice]:
-    """Rows that a CPU's cache holds at a time; all of them on a GPU, where a launch costs more than a pass."""
-    size = CPU_BLOCK_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+    """Few rows on a CPU, whose cache holds them; on a GPU more, since each pass over a block is a launch."""
+    size = BLOCK_ROWS_CPU if logits.device.type == "cpu" else BLOCK_ROWS_GPU
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
@@ -95,9 +97,9 @@ def token_logprobs(
 ) -> TokenLogprobs:
     r"""Log-probability of each target token, $\log \mathrm{softmax}(\mathrm{head}(h_i) / T)_{y_i}$.
 
-    The vocabulary is projected in chunks of ``chunk_size`` positions, in the backward again, so that at most
-    ``chunk_size`` × vocabulary numbers exist at a time. Softmax and entropy are computed in float32 whatever the
-    head's dtype.
+    The vocabulary is projected in chunks of ``chunk_size`` positions, in the backward again except for the last
+    chunk, so that the logits of one chunk exist at a time, and their gradient. Softmax and entropy are computed in
+    float32 whatever the head's dtype.
 
     Args:
         hidden: The hidden states that predict the targets, ``(M, H)``.
@@ -127,22 +129,26 @@ def token_logprobs(
         )
 
     def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = head(hidden)
-        logits = logits.float()
+        logits = head(hidden).float()
         return _LogSoftmaxAt.apply(
             logits if temperature == 1.0 else logits / temperature, targets, with_entropy
         )
 
-    def remembered(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if torch.is_grad_enabled():
-            return checkpoint(of_chunk, hidden, targets, use_reentrant=False)
-        return of_chunk(hidden, targets)
-
-    chunks = [
-        remembered(h, t) for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    ]
-    logprobs, entropy, correct = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    # The backward begins with the last chunk, so that one may keep its logits: the others compute theirs again when
+    # it is gone. The short chunk comes first, for what is kept to be a full one.
+    sizes = _chunk_sizes(len(hidden), chunk_size)
+    *earlier, last = zip(hidden.split(sizes), targets.split(sizes), strict=True)
+    if torch.is_grad_enabled():
+        chunks = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in earlier]
+    else:
+        chunks = [of_chunk(h, t) for h, t in earlier]
+    logprobs, entropy, correct = (torch.cat(p) for p in zip(*chunks, of_chunk(*last), strict=True))
     return TokenLogprobs(logprobs, entropy if with_entropy else None, correct)
+
+
+def _chunk_sizes(count: int, size: int) -> list[int]:
+    first = count % size
+    return [first] * (first > 0 or count == 0) + [size] * (count // size)
 
 
 def sum_by_sequence(logprobs: Tensor, lengths: Tensor) -> Tensor:

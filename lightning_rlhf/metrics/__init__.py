@@ -1,5 +1,20 @@
 """torchmetrics classes over :mod:`lightning_rlhf.functional`."""
 
+from lightning_rlhf.metrics.accuracy import PairwiseAccuracy
 from lightning_rlhf.metrics.aggregation import Mean, Total
+from lightning_rlhf.metrics.agreement import AnnotatorAgreement
+from lightning_rlhf.metrics.calibration import CalibrationError
+from lightning_rlhf.metrics.length import LengthCorrelation, LongerWins
+from lightning_rlhf.metrics.margins import Margins, MeanAndStd
 
-__all__ = ["Mean", "Total"]
+__all__ = [
+    "AnnotatorAgreement",
+    "CalibrationError",
+    "LengthCorrelation",
+    "LongerWins",
+    "Margins",
+    "Mean",
+    "MeanAndStd",
+    "PairwiseAccuracy",
+    "Total",
+]

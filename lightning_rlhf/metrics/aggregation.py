@@ -21,6 +21,7 @@ class _Float64States(Metric):
             setattr(self, name, value.to(getattr(self, name).device))
             default = self._defaults[name]
             self._defaults[name] = default.double() if isinstance(default, Tensor) else default
+        self._computed = None  # a cached result was cast as well
         return self
 
 

@@ -22,6 +22,7 @@ from lightning_rlhf.models.loading import (
     load_tokenizer,
     lora_config,
     model_config,
+    trainable_settings,
 )
 from lightning_rlhf.models.reference import REFERENCE_ADAPTER
 from lightning_rlhf.models.settings import Dtype, Policy, changes_base
@@ -61,9 +62,9 @@ def export_checkpoint(
     trains_adapter = any(is_adapter(name) for name in weights)
     if trains_adapter and not merge:
         model: PreTrainedModel | PeftModel = _adapter(policy, weights)
-        kind = f"adapter of {_adapter_base(policy)}"
+        kind = f"adapter of {adapter_base(policy)}"
     elif trains_adapter:
-        model, kind = _merged(policy, weights, dtype), "merged model"
+        model, kind = merged_model(policy, weights, dtype, adapter_settings(policy)), "merged model"
     else:
         model, kind = _full(policy, weights, dtype), "model"
     tokenizer = load_tokenizer(policy.path, trust_remote_code=policy.trust_remote_code)
@@ -142,17 +143,16 @@ def policy_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _adapter_base(policy: Policy) -> str:
+def adapter_base(policy: Policy) -> str:
     """The base's path as an adapter directory should name it: a local one must not depend on where it is read."""
     base = base_path(policy.path)
     return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
-def _peft_config(policy: Policy) -> PeftConfig:
-    start = adapter_config(policy.path)
-    if start is not None:
-        start.inference_mode = False
-        return start
+def adapter_settings(policy: Policy) -> PeftConfig:
+    """PEFT's settings of the adapter that a policy trains, fresh or one that it goes on from."""
+    if adapter_config(policy.path) is not None:
+        return trainable_settings(policy.path)
     if policy.lora is None:
         raise ValueError("the checkpoint holds an adapter, but its settings name none")
     return lora_config(policy.lora)
@@ -168,14 +168,19 @@ def _adapter(policy: Policy, weights: Mapping[str, Tensor]) -> PeftModel:
     config = model_config(policy)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, trust_remote_code=policy.trust_remote_code)
-    base.name_or_path = _adapter_base(policy)
-    model = get_peft_model(base, _peft_config(policy), adapter_name=POLICY_ADAPTER, low_cpu_mem_usage=True)
-    model.peft_config[POLICY_ADAPTER].base_model_name_or_path = _adapter_base(policy)
+    base.name_or_path = adapter_base(policy)
+    model = get_peft_model(
+        base, adapter_settings(policy), adapter_name=POLICY_ADAPTER, low_cpu_mem_usage=True
+    )
+    model.peft_config[POLICY_ADAPTER].base_model_name_or_path = adapter_base(policy)
     _load_adapter(model, weights, assign=True)
     return model
 
 
-def _merged(policy: Policy, weights: Mapping[str, Tensor], dtype: Dtype) -> PreTrainedModel:
+def merged_model(
+    policy: Policy, weights: Mapping[str, Tensor], dtype: Dtype, settings: PeftConfig
+) -> PreTrainedModel:
+    """The base with an adapter of these weights and settings added to its own weights."""
     quantized = policy.quantization is not None
     if quantized and policy.lora is not None and changes_base(policy.lora.init):
         raise ValueError(
@@ -185,8 +190,8 @@ def _merged(policy: Policy, weights: Mapping[str, Tensor], dtype: Dtype) -> PreT
     wanted: torch.dtype | str = "auto" if name == "auto" else getattr(torch, name)
     if quantized and dtype == "auto":
         wanted = torch.bfloat16
-    base = load_base(_adapter_base(policy), dtype=wanted, trust_remote_code=policy.trust_remote_code)
-    model = get_peft_model(base, _peft_config(policy), adapter_name=POLICY_ADAPTER)
+    base = load_base(adapter_base(policy), dtype=wanted, trust_remote_code=policy.trust_remote_code)
+    model = get_peft_model(base, settings, adapter_name=POLICY_ADAPTER)
     _load_adapter(model, weights, assign=False)
     merged: Any = model.merge_and_unload(safe_merge=True)
     return merged

@@ -1,9 +1,9 @@
 """A causal language model that scores completions: one forward for every algorithm."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,9 @@ from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import TokenLogprobs, token_logprobs
 from lightning_rlhf.models import attention
 from lightning_rlhf.models.settings import Layout
+
+LOGITS_AT_A_TIME = 2**26
+"""256 MiB in float32: as many positions are projected to the vocabulary at a time."""
 
 ROPE_BY_LONGEST = ("longrope", "dynamic")
 """Rotary embeddings that depend on the longest row of a batch: packed and padded then differ by design."""
@@ -92,20 +95,24 @@ class LanguageModel(nn.Module):
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
-        hidden = self.hidden_states(batch)
         return token_logprobs(
-            hidden, self.logits, batch.targets, temperature=temperature, with_entropy=with_entropy
+            self.hidden_states(batch),
+            self.logits,
+            batch.targets,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            chunk_size=max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size),
         )
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The last hidden state at every position that predicts a target, ``(M, H)``."""
+    def hidden_states(self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors") -> Tensor:
+        """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion."""
         decoder = self.causal_lm.get_decoder()
         if self.layout_of(batch) == "padded":
             padded = batch.padded()
             output = decoder(
                 input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
             )
-            return output.last_hidden_state.flatten(0, 1).index_select(0, padded.predictors)
+            return output.last_hidden_state.flatten(0, 1).index_select(0, getattr(padded, at))
         output = decoder(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -115,7 +122,7 @@ class LanguageModel(nn.Module):
             use_cache=False,
             shared_prefix=attention.SharedPrefixPlan(batch),
         )
-        return output.last_hidden_state[0].index_select(0, batch.predictors)
+        return output.last_hidden_state[0].index_select(0, getattr(batch, at))
 
     def layout_of(self, batch: PackedBatch) -> Layout:
         """The layout of this batch: padded past the original context where rotary factors follow the longest row."""
@@ -136,27 +143,42 @@ class LanguageModel(nn.Module):
         return logits
 
     @contextmanager
-    def _adapters(self, name: str | None) -> Any:  # noqa: ANN401 - a generator for contextmanager
-        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+    def _switched(self, active: list[str], disabled: bool) -> Iterator["LanguageModel"]:
+        layers = self._tuner_layers()
         before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
         for layer in layers:
-            layer._disable_adapters = name is None
-            if name is not None:
-                layer._active_adapter = [name]
+            layer._active_adapter, layer._disable_adapters = active, disabled
         try:
             yield self
         finally:
-            for layer, (active, disabled) in zip(layers, before, strict=True):
-                layer._active_adapter, layer._disable_adapters = active, disabled
+            for layer, (was_active, was_disabled) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = was_active, was_disabled
+
+    def _tuner_layers(self) -> list[BaseTunerLayer]:
+        return [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
 
     def role(self, adapter: str | None) -> AbstractContextManager["LanguageModel"]:
         """Run as another role on the same base: with the adapter of this name, or the base alone for None.
 
         Only which adapter is active changes, and never ``requires_grad``: PEFT's own switches freeze the adapters
-        they leave, which silently zeroes their gradients and hides them from DDP. Run a role's backward inside its
-        context.
+        they leave, which silently zeroes their gradients and hides them from DDP. The backward may run outside: what
+        gradient checkpointing computes again runs in the role of its forward.
         """
-        return self._adapters(adapter)
+        return self._switched([] if adapter is None else [adapter], disabled=adapter is None)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward instead of keeping them."""
+        self.causal_lm.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
+        )
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For the forward of a layer and for computing it again: the role of now. All layers are in the same one."""
+        layer = next((m for m in self.modules() if isinstance(m, BaseTunerLayer)), None)
+        if layer is None:
+            return nullcontext(), nullcontext()
+        active, disabled = layer._active_adapter, layer._disable_adapters
+        return nullcontext(), self._switched(cast(list[str], active), disabled)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
         # Adapters stay float32 whatever precision the Trainer casts the module to: an update of 1e-5 does not

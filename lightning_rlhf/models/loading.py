@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -93,13 +93,18 @@ def prepare(model: PreTrainedModel, policy: Policy, *, adapter_path: str | None 
     wrapped: PreTrainedModel | PeftModel = model
     if adapter_path is not None:
         wrapped = PeftModel.from_pretrained(
-            model, adapter_path, adapter_name=POLICY_ADAPTER, is_trainable=True
+            model,
+            adapter_path,
+            adapter_name=POLICY_ADAPTER,
+            is_trainable=True,
+            config=trainable_settings(adapter_path),
         )
     elif policy.lora is not None:
         wrapped = get_peft_model(model, lora_config(policy.lora), adapter_name=POLICY_ADAPTER)
+    language_model = LanguageModel(wrapped, layout=policy.layout)
     if policy.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return LanguageModel(wrapped, layout=policy.layout)
+        language_model.enable_gradient_checkpointing()
+    return language_model
 
 
 def load_base(
@@ -204,6 +209,18 @@ def adapter_config(path: str) -> PeftConfig | None:
     if not (Path(path) / "adapter_config.json").is_file():
         return None
     return PeftConfig.from_pretrained(path)
+
+
+def trainable_settings(path: str) -> PeftConfig:
+    """The settings of an adapter directory for a causal language model that trains it further.
+
+    A reward model's adapter brings a head, which such a model has no place for: see
+    :func:`~lightning_rlhf.models.reward_directory.read_head`.
+    """
+    config: Any = PeftConfig.from_pretrained(path)
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
+    found: PeftConfig = config
+    return found
 
 
 def base_path(path: str) -> str:

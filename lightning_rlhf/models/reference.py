@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import sum_by_sequence
+from lightning_rlhf.models.adapters import copy_adapter, is_fresh
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import POLICY_ADAPTER
 from lightning_rlhf.models.settings import changes_base
@@ -47,7 +48,7 @@ class Reference(nn.Module):
         if self.kind == "model":
             self.model = copy.deepcopy(policy).requires_grad_(False)
         elif self.kind == "adapter" and isinstance(policy.model, PeftModel):
-            _copy_adapter(policy.model)
+            copy_adapter(policy.model, REFERENCE_ADAPTER, trainable=False)
 
     def _role(self, policy: LanguageModel) -> AbstractContextManager[object]:
         if self.kind == "policy":
@@ -86,19 +87,4 @@ def reference_kind(policy: LanguageModel) -> ReferenceKind:
             f"lora.init {init!r} changes the base, so that the base without adapter is a different model and no "
             "reference. Use init: default or gaussian, or train SFT with it and start from its exported, merged model"
         )
-    ups = [p for n, p in policy.model.named_parameters() if f".lora_B.{POLICY_ADAPTER}" in n]
-    fresh = all(not bool(p.any()) for p in ups)
-    return "base" if fresh else "adapter"
-
-
-def _copy_adapter(model: PeftModel) -> None:
-    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[POLICY_ADAPTER]))
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if f".{REFERENCE_ADAPTER}." in name:
-            source = parameters[name.replace(f".{REFERENCE_ADAPTER}.", f".{POLICY_ADAPTER}.")]
-            parameter.data = source.data.clone()
-            parameter.requires_grad_(False)
-    for name, parameter in parameters.items():
-        if f".{POLICY_ADAPTER}." in name:
-            parameter.requires_grad_(True)
+    return "base" if is_fresh(policy.model) else "adapter"

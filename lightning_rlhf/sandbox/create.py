@@ -50,7 +50,7 @@ def create_sandbox(
     directory: str | Path,
     *,
     seed: int = 0,
-    num_demonstrations: int = 24_000,
+    num_demonstrations: int = 20_000,
     num_pairs: int = 3_400,
     num_val: int = 512,
     overwrite: bool = False,

@@ -1,3 +1,4 @@
+import copy
 import random
 
 import lightning as L
@@ -18,6 +19,31 @@ def random_groups(count, num_completions, seed=0):
     ]
 
 
+def labelled(count, k=2, seed=0, labels=None):
+    """Groups whose second completion is the one of the row before, as TRL pairs them."""
+    groups = random_groups(count, 1, seed)
+    labels = labels or [float(row % 3 != 1) for row in range(count)]
+    return [
+        PromptGroup(
+            group.prompt,
+            [group.completions[0], groups[row - 1].completions[0]][:k],
+            row_id=row,
+            extras={"label": labels[row]},
+        )
+        for row, group in enumerate(groups)
+    ]
+
+
+def away_from(model, seed=1, scale=0.02):
+    """Another model near this one, so that no log-ratio is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p += scale * torch.randn(p.shape, generator=generator)
+    return other
+
+
 @pytest.fixture
 def tokenizer():
     return letters()
@@ -26,26 +52,6 @@ def tokenizer():
 @pytest.fixture
 def llama():
     return tiny("LlamaConfig")
-
-
-@pytest.fixture
-def trainer(tmp_path):
-    """A stock Trainer on the CPU that logs to memory only."""
-
-    def make(**settings):
-        defaults = {
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "log_every_n_steps": 1,
-            "default_root_dir": tmp_path,
-        }
-        return L.Trainer(**{**defaults, **settings})
-
-    return make
 
 
 class Gradients(L.Callback):

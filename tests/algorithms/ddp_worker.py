@@ -1,15 +1,17 @@
 """One process of a DDP run on the CPU: writes its weights and gradients. Run by test_ddp.py."""
 
+import os
 import sys
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.algorithms import DPO, SFT, Optimization
+from lightning_rlhf.algorithms import DPO, KTO, SFT, Optimization
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.models import LoRA, Policy
-from tests.algorithms.conftest import Gradients, random_groups
+from tests.algorithms.conftest import Gradients, away_from, labelled, random_groups
+from tests.models.families import tiny
 
 
 def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -> None:
@@ -17,7 +19,15 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
     torch.manual_seed(0)
     policy = Policy(model_dir, lora=LoRA(r=2, init="gaussian") if lora == "lora" else None)
     settings = Optimization(name="sgd", lr=1e-2, schedule="constant")
-    module = {"SFT": SFT, "DPO": DPO}[algorithm](policy, optimization=settings)
+    module = {"SFT": SFT, "DPO": DPO, "KTO": KTO}[algorithm](policy, optimization=settings)
+    points: list[torch.Tensor] = []
+    if algorithm == "KTO":
+        # Another reference than the policy, so that the reference point is not 0 at the first step.
+        module = KTO(
+            policy, optimization=settings, reference=other_model(f"{output}.reference.{os.getpid()}")
+        )
+        point = module.reference_point
+        module.reference_point = lambda *logps: points.append(point(*logps)) or points[-1]
     seen = Gradients()
     world = int(devices)
     trainer = L.Trainer(
@@ -31,15 +41,19 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
         enable_progress_bar=False,
         log_every_n_steps=1,
     )
-    groups = random_groups(8, 1 if algorithm == "SFT" else 2)
+    groups = labelled(8) if algorithm == "KTO" else random_groups(8, 1 if algorithm == "SFT" else 2)
     # One process sees all eight rows at once, two see four each: the same optimizer steps.
     loader = DataLoader(groups, batch_size=8 // world, collate_fn=pack)
     trainer.fit(module, loader, loader)
     weights = torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    torch.save(
-        {"gradients": seen.steps, "weights": weights, "metrics": metrics}, f"{output}.{trainer.global_rank}"
-    )
+    found = {"gradients": seen.steps, "weights": weights, "metrics": metrics, "points": points}
+    torch.save(found, f"{output}.{trainer.global_rank}")
+
+
+def other_model(path: str) -> str:
+    away_from(tiny("LlamaConfig"), scale=0.05).save_pretrained(path)
+    return path
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def run(algorithm, model_dir, lora, devices, output):
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(devices)]
 
 
-@pytest.mark.parametrize(("algorithm", "lora"), [("SFT", "full"), ("DPO", "lora")])
+@pytest.mark.parametrize(("algorithm", "lora"), [("SFT", "full"), ("DPO", "lora"), ("KTO", "lora")])
 def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
     (one,) = run(algorithm, llama_dir, lora, 1, tmp_path / "one")
     two = run(algorithm, llama_dir, lora, 2, tmp_path / "two")
@@ -34,6 +34,10 @@ def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
         for a, b in zip(one["gradients"], rank["gradients"], strict=True):
             assert (a - b).norm() / a.norm() < 1e-5
         assert rank["metrics"] == two[0]["metrics"]
+    if algorithm == "KTO":  # its reference point is that of all rows, on both ranks
+        assert two[0]["points"] == two[1]["points"]
+        assert torch.stack(one["points"]).min() > 1e-2
+        torch.testing.assert_close(two[0]["points"], one["points"])
     assert torch.equal(two[0]["weights"], two[1]["weights"])  # every adapter is equal on both ranks
     assert two[0]["metrics"].keys() == one["metrics"].keys()
     for name, value in one["metrics"].items():

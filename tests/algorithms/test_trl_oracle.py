@@ -12,7 +12,7 @@ from lightning_rlhf.algorithms import DPO, SFT
 from lightning_rlhf.data.packing import PromptGroup, pack
 from lightning_rlhf.models import LanguageModel
 from lightning_rlhf.objectives import Sigmoid
-from tests.algorithms.conftest import Gradients, random_groups
+from tests.algorithms.conftest import Gradients, away_from, random_groups
 from tests.models.families import tiny
 from tests.tokenizers import letters
 
@@ -90,16 +90,6 @@ def assert_same(one, other, names):
     assert other[1].norm() > 0
     for name in names:
         assert one[2][f"train/{name}"].item() == pytest.approx(other[2][name], rel=1e-4, abs=1e-5), name
-
-
-def away_from(model, seed=1, scale=0.02):
-    """Another model near this one, so that no log-ratio is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in other.parameters():
-            p += scale * torch.randn(p.shape, generator=generator)
-    return other
 
 
 def reference_at(model, path):

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-DATA = {"sft": "sft_train.jsonl", "dpo": "preferences_train.jsonl"}
+DATA = {"sft": "sft_train.jsonl", "dpo": "preferences_train.jsonl", "kto": "preferences_train.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def sandbox(tmp_path_factory, llama_dir):
         for n in range(40)
     ]
     columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}
-    for name, file in DATA.items():
-        picked = [{column: row[column] for column in columns[name]} for row in rows]
-        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in picked))
+    for name, wanted in columns.items():
+        picked = [{column: row[column] for column in wanted} for row in rows]
+        (folder / DATA[name]).write_text("".join(json.dumps(row) + "\n" for row in picked))
     return folder
 
 
@@ -71,7 +71,7 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "kto"])
 def test_doctor_shows_what_will_happen_and_saves_nothing(program, arguments, tmp_path, recipe):
     words = arguments(recipe, "lora")
     code, printed, error = program("doctor", *words)
@@ -86,7 +86,7 @@ def test_doctor_shows_what_will_happen_and_saves_nothing(program, arguments, tmp
         "one optimizer step",
     ):
         assert text in printed
-    assert ("base without its adapter" in printed) == (recipe == "dpo")
+    assert ("base without its adapter" in printed) == (recipe != "sft")
     assert [path.name for path in tmp_path.iterdir()] == ["sandbox"]
 
 
@@ -150,6 +150,17 @@ def test_a_disk_that_fills_while_saving_is_one_message(program, arguments, tmp_p
     assert code == 1
     assert "lightning-rlhf: error: [Errno 27] File too large" in error
     assert not [path for path in tmp_path.glob("lightning_logs/version_1/checkpoints/*")]
+
+
+def test_predict_with_kto_writes_one_value_a_labelled_answer(program, arguments, tmp_path):
+    code, _, error = program(
+        "predict", *arguments("kto"), "--data.predict", "sandbox/preferences_train.jsonl"
+    )
+    assert code == 0, error[-2000:]
+    (path,) = tmp_path.rglob("predictions.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(80))  # each pair is two answers
+    assert all(len(line["values"]) == 1 for line in lines)
 
 
 def test_predict_writes_one_line_a_row(program, arguments, tmp_path):

@@ -79,7 +79,32 @@ def test_never_more_than_a_chunk_of_the_vocabulary(inputs):
     head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
     token_logprobs(hidden, head, targets, chunk_size=4).logprobs.sum().backward()
     assert max(sizes) == 4
-    assert sum(sizes) == 22  # forward, and again in the backward
+    assert sizes == [3, 4, 4, 4, 3]  # forward, and in the backward again all but the last
+
+
+def test_what_is_kept_for_the_backward_is_one_chunk_of_logits(inputs):
+    hidden, head, targets = inputs
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = token_logprobs(hidden, head, targets, chunk_size=4)
+        of_vocabulary = [t for t in kept if t.ndim == 2 and t.shape[-1] == head.weight.shape[0]]
+        weight = head.weight.data_ptr()
+        assert sum(len(t) for t in of_vocabulary if t.data_ptr() != weight) == 4
+    found.logprobs.sum().backward()
+
+
+def test_a_second_backward_gives_the_same_gradient(inputs):
+    hidden, head, targets = inputs
+    hidden = hidden.detach().requires_grad_()
+    total = token_logprobs(hidden, head, targets, chunk_size=4).logprobs.sum()
+    (first,) = torch.autograd.grad(total, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(total, hidden)
+    assert torch.equal(first, second)
 
 
 def test_nothing_to_score_still_has_a_gradient(inputs):

@@ -1,0 +1,186 @@
+"""A scalar head on a language model: what scores completions, alone or as a role on a base that others share."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rlhf import functional as RF
+from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.models.language_model import LanguageModel
+
+
+class ScoreHead(nn.Module):
+    r"""A linear map from a hidden state to a score, $w \cdot h$, without bias: differences are what counts.
+
+    The weights start normal with standard deviation $1/\sqrt{d + 1}$ (Stiennon et al., 2020) and stay float32
+    whatever the precision of the model. The head remembers mean and standard deviation of its scores on reference
+    samples, in float64.
+
+    Args:
+        hidden_size: d.
+
+    Example:
+        >>> head = ScoreHead(2)
+        >>> _ = torch.nn.init.ones_(head.weight)
+        >>> head(torch.tensor([[1.0, 2.0]]))
+        tensor([3.], grad_fn=<SqueezeBackward1>)
+        >>> head.mean, head.std = 2.0, 1.0
+        >>> head.normalized(torch.tensor([3.0]))
+        tensor([1.])
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(1, hidden_size, dtype=torch.float32).normal_(std=1 / math.sqrt(hidden_size + 1))
+        )
+        self.mean, self.std = 0.0, 1.0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Raw scores ``(N,)`` of hidden states ``(N, d)``, in float32 under any autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return (hidden.float() @ self.weight.T).squeeze(-1)
+
+    def normalized(self, scores: Tensor) -> Tensor:
+        """Raw scores in units of the reference samples: mean 0, standard deviation 1 there."""
+        return (scores - self.mean) / self.std
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether its scale was set on reference samples."""
+        return (self.mean, self.std) != (0.0, 1.0)
+
+    def normalize_by(self, mean: float, std: float) -> None:
+        """Remember mean and standard deviation of raw scores on reference samples.
+
+        Raises:
+            ValueError: If the standard deviation is not positive: there is nothing to divide by.
+        """
+        if not (std > 0.0 and math.isfinite(std) and math.isfinite(mean)):
+            raise ValueError(
+                f"scores of the reference samples have mean {mean} and standard deviation {std}: they have no spread "
+                "to normalise by"
+            )
+        self.mean, self.std = mean, std
+
+    def get_extra_state(self) -> dict[str, float]:
+        """The normalisation, as plain numbers that no precision plugin casts."""
+        return {"mean": self.mean, "std": self.std}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """Take the normalisation of a checkpoint."""
+        self.mean, self.std = state["mean"], state["std"]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ScoreHead":  # noqa: ANN401 - as in nn.Module
+        kept = self.weight.data
+        super()._apply(fn, recurse)
+        self.weight.data = kept.to(self.weight.device)
+        return self
+
+
+class Scorer(nn.Module):
+    """Scores of completions: a head over the last hidden state at each completion's last token.
+
+    Args:
+        model: The language model. Its vocabulary projection is not used.
+        head: The scalar head.
+        adapter: Score with the adapter of this name, and leave the model's active one as it was: several scorers,
+            a policy and a reference then share one base.
+        owns: Whether the model is a part of this module; else it is only seen.
+
+    Raises:
+        ValueError: If the head is of another width than the model, and so was trained on another base.
+    """
+
+    def __init__(
+        self, model: LanguageModel, head: ScoreHead, adapter: str | None = None, *, owns: bool = True
+    ) -> None:
+        super().__init__()
+        width = model.config.get_text_config().hidden_size
+        if head.weight.shape[1] != width:
+            raise ValueError(
+                f"the score head has width {head.weight.shape[1]}, the model {width}: it was trained on another base"
+            )
+        self.head = head
+        self.adapter = adapter
+        if owns:
+            self.model = model
+        self._seen = (model,)
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model under the head."""
+        return self._seen[0]
+
+    def raw(self, batch: PackedBatch) -> Tensor:
+        """Scores as the head gives them, ``(N,)``."""
+        model = self.language_model
+        with nullcontext() if self.adapter is None else model.role(self.adapter):
+            return self.head(model.hidden_states(batch, at="ends"))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Normalised scores, ``(N,)``."""
+        return self.head.normalized(self.raw(batch))
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How the scores of an ensemble's members become one.
+
+    Attributes:
+        how: ``mean``, ``worst_case`` (the lowest), or ``uncertainty_weighted`` (mean − coef · variance).
+        coef: λ of ``uncertainty_weighted``.
+    """
+
+    how: Literal["mean", "worst_case", "uncertainty_weighted"] = "mean"
+    coef: float = 0.5
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """One score per completion, ``(N,)``, from those of all members, ``(members, N)``.
+
+        Example:
+            >>> Aggregation("worst_case")(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+            tensor([1., 2.])
+        """
+        aggregated: Tensor = {
+            "mean": RF.ensemble_mean,
+            "worst_case": RF.ensemble_worst_case,
+            "uncertainty_weighted": lambda s: RF.ensemble_uncertainty_weighted(s, coef=self.coef),
+        }[self.how](scores)
+        return aggregated
+
+
+class Ensemble(nn.Module):
+    """Several scorers of the same completions; one is an ensemble as well.
+
+    Args:
+        scorers: The members.
+        aggregation: How their normalised scores become one.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], aggregation: Aggregation | None = None) -> None:
+        super().__init__()
+        self.scorers = nn.ModuleList(scorers)
+        self.aggregation = aggregation or Aggregation()
+
+    @property
+    def heads(self) -> list[ScoreHead]:
+        """The members' heads."""
+        return [scorer.head for scorer in self.scorers]  # type: ignore[misc]
+
+    def raw(self, batch: PackedBatch) -> Tensor:
+        """Scores as the heads give them, ``(members, N)``."""
+        return torch.stack([scorer.raw(batch) for scorer in self.scorers])  # type: ignore[operator]
+
+    def normalized(self, raw: Tensor) -> Tensor:
+        """Every member's scores in units of its own reference samples, ``(members, N)``."""
+        return torch.stack([head.normalized(r) for head, r in zip(self.heads, raw, strict=True)])
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """One normalised score per completion, ``(N,)``."""
+        return self.aggregation(self.normalized(self.raw(batch)))

@@ -1,0 +1,29 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.metrics.conftest import NAMES, batch, make, numbers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_two_processes_equal_one(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["timeout", "-k", "5", "120", sys.executable, "-m", "tests.metrics.ddp_worker", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert str(one) == str(two)
+    for name in NAMES:
+        metric = make(name)
+        metric.update(*batch(name))
+        whole = numbers(metric.compute())
+        assert one[name] == pytest.approx(whole, rel=1e-12), name
+        assert one[f"{name} on one rank"] == pytest.approx(whole, rel=1e-12), name
+        if name == "CalibrationError":
+            for ours, expected in zip(one["curve"], metric.curve(), strict=True):
+                assert ours == pytest.approx(expected.tolist(), rel=1e-12, nan_ok=True)
