@@ -44,6 +44,8 @@ options:
 """
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+# How jsonargparse begins its report of what a module's constructor raised, which is the report's cause.
+WRAPPED = "Does not validate against any of the Union subtypes"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,6 +101,8 @@ def run(name: str, arguments: list[str], *, debug: bool = False) -> None:
 
 
 def _message(error: Exception) -> str:
+    if str(error).startswith(WRAPPED) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     text = str(error).strip() or type(error).__name__
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 

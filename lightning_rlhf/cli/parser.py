@@ -3,9 +3,10 @@
 import re
 import sys
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
+from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_rlhf.objectives import Objective
@@ -20,6 +21,16 @@ _PARENT = re.compile(r"Parser key \"([^\"]+)\"")
 
 class ConfigParser(LightningArgumentParser):
     """LightningCLI's parser with a summary in front of jsonargparse's report."""
+
+    def add_class_arguments(self, theclass: type, *arguments: Any, **settings: Any) -> list[str]:  # noqa: ANN401
+        """Leave the files that a datamodule is given alone: they hold rows.
+
+        jsonargparse would read ``train: rows.json`` as a configuration: slow where it is long, and None where it is
+        empty.
+        """
+        if isinstance(theclass, type) and issubclass(theclass, LightningDataModule):
+            settings["sub_configs"] = False
+        return super().add_class_arguments(theclass, *arguments, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with code 2."""

@@ -19,6 +19,8 @@ FORMATS: dict[Task, tuple[tuple[str, ...], ...]] = {
     "unpaired": (("prompt", "completion", "label"), *PAIRS),
     "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
 }
+# How alike two names of columns are that may be, and that must be, one misspelt: prompt_id is no prompt, propmt is.
+PERHAPS, SURELY = 0.7, 0.82
 NAMES = {
     "sft": "supervised fine-tuning",
     "preference": "preference data",
@@ -89,8 +91,11 @@ def recognise(columns: Sequence[str], task: Task, name: str = "the data") -> tup
         rejected, or chosen + rejected, or prompt + completions. Is 'chosn' a misspelling of 'chosen'? Rename it
     """
     for wanted in FORMATS[task]:
-        if set(wanted) <= set(columns):
+        missing = set(wanted) - set(columns)
+        if not missing:
             return wanted
+        if len(missing) < len(wanted) and _misspelt(columns, missing, SURELY):
+            break  # a simpler format might fit, without the column that was meant
     choices = ", or ".join(" + ".join(wanted) for wanted in FORMATS[task])
     raise ValueError(
         f"{name} has the columns {', '.join(columns)}. For {NAMES[task]} it needs {choices}."
@@ -103,11 +108,18 @@ def _suggestion(columns: Sequence[str], task: Task) -> str:
         if other != task and any(set(wanted) <= set(columns) for wanted in formats):
             return f" These are the columns of {NAMES[other]}: use {DATAMODULES[other]}"
     known = {column for wanted in FORMATS[task] for column in wanted} - set(columns)
-    for column in columns:
-        close = difflib.get_close_matches(column.lower().strip(), sorted(known), n=1, cutoff=0.7)
-        if close:
-            return f" Is {column!r} a misspelling of {close[0]!r}? Rename it"
+    for column, meant in _misspelt(columns, known, PERHAPS):
+        return f" Is {column!r} a misspelling of {meant!r}? Rename it"
     return " Rename your columns: a datamodule's columns={'question': 'prompt', …} does it"
+
+
+def _misspelt(columns: Sequence[str], known: set[str], similarity: float) -> list[tuple[str, str]]:
+    """Columns that look like a known one that is not there, each with the one it looks like."""
+    found = []
+    for column in columns:
+        close = difflib.get_close_matches(column.lower().strip(), sorted(known), n=1, cutoff=similarity)
+        found += [(column, meant) for meant in close]
+    return found
 
 
 def read_example(row: Mapping[str, Any], columns: tuple[str, ...]) -> Example:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -74,11 +75,20 @@ def export_checkpoint(
 
 
 def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Save a Transformers model, or the policy's adapter of a PEFT model, as safetensors."""
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], save_embedding_layers=False)
-    else:
-        model.save_pretrained(folder)
+    """Save a Transformers model, or the policy's adapter of a PEFT model, as safetensors.
+
+    Raises:
+        OSError: If the weights cannot be written, as on a full disk.
+    """
+    try:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(
+                str(folder), selected_adapters=[POLICY_ADAPTER], save_embedding_layers=False
+            )
+        else:
+            model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"the weights could not be written into {folder.parent}: {error}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

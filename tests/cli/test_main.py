@@ -101,6 +101,18 @@ def test_a_policy_may_be_a_path_alone(program):
     assert settings(printed)["policy"] == "some/path"
 
 
+@pytest.mark.parametrize("content", ["", "null", '[{"prompt": "a", "completion": "b"}]', "lr: 1"])
+def test_a_file_of_rows_is_not_read_as_settings(program, tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    flags = ["--model", "SFT", "--model.policy", "some/path", "--data", "SFTDataModule"]
+    code, printed, _ = program(
+        "fit", *flags, "--data.train", "rows.json", "--data.val", "rows.json", "--print_config"
+    )
+    assert code == 0
+    found = yaml.safe_load(printed)["data"]["init_args"]
+    assert (found["train"], found["val"]) == ("rows.json", "rows.json")
+
+
 def test_later_configurations_override_key_by_key(program, config, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("model: {init_args: {policy: {lora: {r: 4}}, objective: {init_args: {beta: 0.5}}}}")

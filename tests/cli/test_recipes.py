@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -101,10 +102,58 @@ def test_a_checkpoint_of_another_algorithm_is_refused(program, arguments, tmp_pa
 
 
 def test_a_missing_model_is_named(program, arguments):
+    """The tests run without network: this is what is said where a model is not cached either."""
     code, _, error = program("fit", *arguments("dpo"), "--model.policy.path", "no/such")
     assert code == 1
-    assert "at 'no/such'" in error
-    assert "hf download" in error
+    assert "lightning-rlhf: error: no tokenizer at 'no/such': it is not a directory with one" in error
+    assert "no network, not cached" in error
+    assert "`hf download no/such`" in error
+    assert "Union" not in error
+
+
+def test_missing_data_are_named(program, arguments):
+    code, _, error = program("fit", *arguments("dpo"), "--data.train", "no/such")
+    assert code == 1
+    assert "lightning-rlhf: error: no/such: no such file or directory, and as a data set of the Hub" in error
+    assert "Without network, give a file or a directory" in error
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"promt": "a", "chosen": "b", "rejected": "c"}', "'promt' a misspelling of 'prompt'"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": 3}',
+            "row 1: column 'rejected' is of type int; it must be text",
+        ),
+        ('{"prompt": "a", "chosen": "b"', "row 1: invalid JSON"),
+        ('{"prompt": "a", "chosen": "", "rejected": "c"}', "row 1: column 'chosen' is empty"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "row 1: 'chosen' and 'rejected' are identical"),
+        ("", "is empty; it must hold at least one row"),
+    ],
+)
+def test_bad_data_are_one_message_that_names_the_file(program, arguments, tmp_path, line, message):
+    (tmp_path / "bad.jsonl").write_text(line and line + "\n")
+    code, _, error = program("fit", *arguments("dpo"), "--data.train", "bad.jsonl")
+    assert code == 1, "it was trained on"
+    assert "lightning-rlhf: error: bad.jsonl" in error
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_disk_that_fills_while_saving_is_one_message(program, arguments, tmp_path):
+    """A limit on the size of a file makes the write of the checkpoint fail half-way, as a full disk does."""
+    program("fit", *arguments("sft"))
+    size = checkpoint(tmp_path).stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        code, _, error = program("fit", *arguments("sft"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert "lightning-rlhf: error: [Errno 27] File too large" in error
+    assert not [path for path in tmp_path.glob("lightning_logs/version_1/checkpoints/*")]
 
 
 def test_predict_with_kto_writes_one_value_a_labelled_answer(program, arguments, tmp_path):

@@ -46,6 +46,16 @@ def test_misspelt_and_missing_columns():
 
 
 @pytest.mark.parametrize(
+    ("column", "task"), [("promt", "preference"), ("Prompt", "preference"), ("propmt", "sft")]
+)
+def test_a_misspelt_column_is_not_ignored_where_a_simpler_format_fits(column, task):
+    simpler = ["chosen", "rejected"] if task == "preference" else ["completion", "text"]
+    with pytest.raises(ValueError, match=f"Is '{column}' a misspelling of 'prompt'. Rename it"):
+        recognise([column, *simpler], task)
+    assert recognise(["prompt_id", *simpler], task) == tuple(simpler[-2 if task == "preference" else -1 :])
+
+
+@pytest.mark.parametrize(
     ("row", "reason", "message"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": None}, "missing value", "column 'rejected' has no value"),

@@ -1,4 +1,5 @@
 import os
+import resource
 
 import pytest
 import torch
@@ -140,6 +141,20 @@ def test_merging_pissa_gives_the_trained_model(llama_dir, tmp_path):
     export_checkpoint(path, tmp_path / "merged", merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(module.policy.model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["model", "adapter"])
+def test_a_disk_that_fills_while_exporting_leaves_nothing(lora, llama_dir, tmp_path):
+    """A limit on the size of a file makes the write of the weights fail half-way, as a full disk does."""
+    path = checkpoint(SFT(Policy(llama_dir, lora=lora)), tmp_path / "a.ckpt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="(?i)file too large"):
+            export_checkpoint(path, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path):
