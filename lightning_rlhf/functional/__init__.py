@@ -4,25 +4,77 @@ Losses return one value per pair, sequence or token; whoever calls them reduces.
 reduce, say so by their names.
 """
 
+from lightning_rlhf.functional.divergence import divergence_scores
 from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
 from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_logprobs
+from lightning_rlhf.functional.margin_losses import (
+    discopop_loss,
+    exo_loss,
+    hinge_loss,
+    ipo_loss,
+    length_normalized_dpo_loss,
+    robust_dpo_loss,
+)
 from lightning_rlhf.functional.masking import masked_mean, masked_var, masked_whiten
-from lightning_rlhf.functional.preference import dpo_loss, implicit_rewards, pairwise_accuracy
+from lightning_rlhf.functional.pointwise_losses import (
+    apo_down_loss,
+    apo_zero_loss,
+    bco_loss,
+    nca_loss,
+    sppo_loss,
+)
+from lightning_rlhf.functional.preference import (
+    dpo_loss,
+    implicit_rewards,
+    pairwise_accuracy,
+    smoothed_logistic,
+)
+from lightning_rlhf.functional.reference_free import (
+    cpo_loss,
+    log_odds_ratio,
+    orpo_loss,
+    sft_term,
+    simpo_loss,
+)
+from lightning_rlhf.functional.sequence_weights import length_desensitized_sum, wpo_weights
+from lightning_rlhf.functional.transport_losses import aot_loss, aot_unpaired_loss
 
 __all__ = [
     "TokenLogprobs",
+    "aot_loss",
+    "aot_unpaired_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_loss",
+    "cpo_loss",
+    "discopop_loss",
+    "divergence_scores",
     "dpo_loss",
+    "exo_loss",
+    "hinge_loss",
     "implicit_rewards",
+    "ipo_loss",
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "length_desensitized_sum",
+    "length_normalized_dpo_loss",
+    "log_odds_ratio",
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "nca_loss",
+    "orpo_loss",
     "pairwise_accuracy",
     "perplexity",
+    "robust_dpo_loss",
     "sft_loss",
+    "sft_term",
+    "simpo_loss",
+    "smoothed_logistic",
+    "sppo_loss",
     "sum_by_sequence",
     "token_logprobs",
+    "wpo_weights",
 ]

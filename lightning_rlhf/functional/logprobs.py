@@ -13,21 +13,24 @@ CPU_BLOCK_ROWS = 16
 
 
 class TokenLogprobs(NamedTuple):
-    """What one pass over the vocabulary tells about each token.
+    r"""What one pass over the vocabulary tells about each token.
 
     Attributes:
         logprobs: Log-probability of the token, ``(M,)``, float32, in nats.
         entropy: Entropy of the distribution it was predicted from, ``(M,)``, float32, in nats; None unless asked.
         correct: Whether the token was the likeliest one, ``(M,)``, boolean.
+        log_collision: $\log \sum_v p(v)^2$ of that distribution, ``(M,)``, float32, without gradient; None unless
+            asked.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     correct: Tensor
+    log_collision: Tensor | None = None
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
-    """(logits, targets) → log-softmax at the targets, entropy, and whether the target is the largest logit.
+    """(logits, targets) → log-softmax at the targets, entropy, is the target the largest logit, log Σ p².
 
     One function rather than ``log_softmax().gather()``: a single (rows × vocabulary) tensor is kept, and the backward
     writes the gradient of both outputs over it. That is safe because it always runs under a checkpoint, which
@@ -40,13 +43,16 @@ class _LogSoftmaxAt(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        with_collision: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shifted = logits - logits.amax(-1, keepdim=True)
         at_target = shifted.gather(-1, targets[:, None]).squeeze(-1)
-        total, entropy = torch.empty_like(at_target), torch.zeros_like(at_target)
+        total, entropy, squares = (torch.zeros_like(at_target) for _ in range(3))
         for rows in _row_blocks(shifted):
             weights = shifted[rows].exp()
             total[rows] = weights.sum(-1)
+            if with_collision:
+                squares[rows] = weights.square().sum(-1)
             if with_entropy:
                 entropy[rows] = weights.mul_(shifted[rows]).sum(-1)
         log_total = total.log()
@@ -54,8 +60,9 @@ class _LogSoftmaxAt(torch.autograd.Function):
         correct = at_target == 0
         ctx.set_materialize_grads(False)  # an entropy that is only logged then costs nothing in the backward
         ctx.save_for_backward(shifted, log_total, targets, entropy)
-        ctx.mark_non_differentiable(correct)
-        return at_target - log_total, entropy, correct
+        collision = squares.log() - 2 * log_total
+        ctx.mark_non_differentiable(correct, collision)
+        return at_target - log_total, entropy, correct, collision
 
     @staticmethod
     @once_differentiable
@@ -63,8 +70,8 @@ class _LogSoftmaxAt(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
-        _: None,
-    ) -> tuple[Tensor, None, None]:
+        *_: None,
+    ) -> tuple[Tensor, None, None, None]:
         shifted, log_total, targets, entropy = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_total)
@@ -75,7 +82,7 @@ class _LogSoftmaxAt(torch.autograd.Function):
             if grad_entropy is not None:
                 slope = slope - grad_entropy[rows, None] * (logp + entropy[rows, None])
             logp.exp_().mul_(slope)
-        return shifted.scatter_add_(-1, targets[:, None], grad_logprobs[:, None]), None, None
+        return shifted.scatter_add_(-1, targets[:, None], grad_logprobs[:, None]), None, None, None
 
 
 def _row_blocks(logits: Tensor) -> list[slice]:
@@ -91,6 +98,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    with_collision: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> TokenLogprobs:
     r"""Log-probability of each target token, $\log \mathrm{softmax}(\mathrm{head}(h_i) / T)_{y_i}$.
@@ -106,6 +114,7 @@ def token_logprobs(
         targets: Token ids, ``(M,)``.
         temperature: T, which divides the logits.
         with_entropy: Also return the entropy of each distribution (differentiable).
+        with_collision: Also return the logarithm of its collision probability.
         chunk_size: Positions a chunk.
 
     Returns:
@@ -126,14 +135,14 @@ def token_logprobs(
             f"hidden must be (M, H) and targets (M,), got {tuple(hidden.shape)} and {tuple(targets.shape)}"
         )
 
-    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = head(hidden)
         logits = logits.float()
         return _LogSoftmaxAt.apply(
-            logits if temperature == 1.0 else logits / temperature, targets, with_entropy
+            logits if temperature == 1.0 else logits / temperature, targets, with_entropy, with_collision
         )
 
-    def remembered(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def remembered(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if torch.is_grad_enabled():
             return checkpoint(of_chunk, hidden, targets, use_reentrant=False)
         return of_chunk(hidden, targets)
@@ -141,8 +150,10 @@ def token_logprobs(
     chunks = [
         remembered(h, t) for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     ]
-    logprobs, entropy, correct = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return TokenLogprobs(logprobs, entropy if with_entropy else None, correct)
+    logprobs, entropy, correct, collision = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return TokenLogprobs(
+        logprobs, entropy if with_entropy else None, correct, collision if with_collision else None
+    )
 
 
 def sum_by_sequence(logprobs: Tensor, lengths: Tensor) -> Tensor:

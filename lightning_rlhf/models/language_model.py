@@ -80,7 +80,12 @@ class LanguageModel(nn.Module):
         )
 
     def forward(
-        self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        with_collision: bool = False,
     ) -> TokenLogprobs:
         """Score every target of a batch.
 
@@ -88,13 +93,19 @@ class LanguageModel(nn.Module):
             batch: Prompt groups, on the model's device.
             temperature: Divides the logits.
             with_entropy: Also return the entropy at every target.
+            with_collision: Also return the logarithm of the collision probability at every target.
 
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
         hidden = self.hidden_states(batch)
         return token_logprobs(
-            hidden, self.logits, batch.targets, temperature=temperature, with_entropy=with_entropy
+            hidden,
+            self.logits,
+            batch.targets,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            with_collision=with_collision,
         )
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
