@@ -1,22 +1,29 @@
 """Direct preference optimisation and, through its objective, its family."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.base import Algorithm, as_policy, plain
 from lightning_rlhf.algorithms.optimization import Optimization
-from lightning_rlhf.algorithms.reference_cache import ReferenceCache
+from lightning_rlhf.algorithms.reference_cache import ReferenceCache, summed
+from lightning_rlhf.algorithms.running_mean import RunningMean
 from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.functional import TokenLogprobs
+from lightning_rlhf.metrics import Correlation
 from lightning_rlhf.models import Policy, Reference, load_language_model
 from lightning_rlhf.models.language_model import disable_dropout
-from lightning_rlhf.objectives import Objective, Sigmoid
+from lightning_rlhf.objectives import Completions, Objective, Pairs, Sigmoid
 
 PAIR = 2
+LENGTH_CORRELATION = "rewards/length_correlation"
+LARGE_DISPLACEMENT = 0.5
 
 
 class DPO(Algorithm):
@@ -27,7 +34,12 @@ class DPO(Algorithm):
 
     The reference is the policy as it starts: its base without the adapter for a fresh LoRA, a frozen copy of the
     adapter where it starts from one, a frozen copy of the model in full fine-tuning. That both agree at step 0 is
-    asserted. Dropout is off in policy and reference.
+    asserted. Dropout is off in policy and reference. An objective without a reference (ORPO, SimPO, CPO) makes none.
+
+    Offline methods over-optimise too. ``logps/chosen_change`` is how much log-probability the chosen completions have
+    gained since the reference, which falls under likelihood displacement: a warning, once, says what helps when the
+    chosen completions of the validation data have lost more than 0.5 nats a token on average (each token then is 1.6
+    times less likely). ``rewards/length_correlation`` is that of implicit reward and completion length.
 
     Args:
         policy: A path or Hub id, :class:`Policy` settings, or a built Transformers or PEFT model.
@@ -38,19 +50,13 @@ class DPO(Algorithm):
         precompute_reference: Compute the reference's log-probabilities once, before training, and keep them on
             disk: the reference then costs neither time nor memory in training. Needs a datamodule.
         cache_dir: Where they are kept, under a fingerprint of model, data and template.
-    """
+        ld_alpha: Weight of the tokens past the shorter completion's length (LD-DPO), in [0, 1]; 1 changes nothing.
+        wpo: Weight each pair by how likely the policy is to write its completions (WPO).
 
-    metric_names = (
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-        "mean_token_accuracy",
-        "entropy",
-    )
+    Raises:
+        ValueError: If a reference is asked for that the objective does not need, ``ld_alpha`` is out of range, or
+            ``wpo`` is asked of an objective that sorts its batch.
+    """
 
     def __init__(
         self,
@@ -61,15 +67,22 @@ class DPO(Algorithm):
         reference: Policy | str | None = None,
         precompute_reference: bool = False,
         cache_dir: str = ".lightning_rlhf/reference",
+        ld_alpha: float = 1.0,
+        wpo: bool = False,
     ) -> None:
-        super().__init__(policy, tokenizer, optimization)
+        # Before the base class makes the metrics that the objective names; plain values need no module.
         self.objective = (
             Objective.from_config(objective) if isinstance(objective, Mapping) else objective or Sigmoid()
         )
+        super().__init__(policy, tokenizer, optimization)
+        _check_options(self.objective, reference is not None or precompute_reference, ld_alpha, wpo)
+        self.ld_alpha, self.wpo = ld_alpha, wpo
+        self.reward_mean = RunningMean() if self.objective.needs_reward_mean else None
+        self._warned = False
         self.reference_settings = None if reference is None else as_policy(reference)[0]
         self.precompute_reference = precompute_reference
         self.reference: Reference | None = None
-        self.reference_cache = ReferenceCache(Path(cache_dir)) if precompute_reference else None
+        self.reference_cache = ReferenceCache(Path(cache_dir), ld_alpha) if precompute_reference else None
         self._checked = False
         self.save_hyperparameters(
             {
@@ -79,6 +92,8 @@ class DPO(Algorithm):
                 "reference": plain(reference),
                 "precompute_reference": precompute_reference,
                 "cache_dir": cache_dir,
+                "ld_alpha": ld_alpha,
+                "wpo": wpo,
             }
         )
         if self.policy_settings is None:
@@ -87,8 +102,10 @@ class DPO(Algorithm):
     # --- the reference --------------------------------------------------------------------------------------------
 
     def on_policy_loaded(self) -> None:
-        """Make the reference from the untrained policy, and switch dropout off in both."""
+        """Make the reference from the untrained policy, where one is needed, and switch dropout off in both."""
         disable_dropout(self.policy)
+        if not self.objective.needs_reference:
+            return
         if self.reference_settings is not None:
             self.reference = Reference(load_language_model(self.reference_settings), kind="model")
         elif self.reference_cache is None:
@@ -102,13 +119,18 @@ class DPO(Algorithm):
             scorer = self.reference or Reference(self.policy, kind=self.reference_cache.kind)
             self.reference_cache.prepare(scorer, self.trainer, ("train", "val"))
 
-    def reference_logps(self, batch: PackedBatch, stage: str) -> Tensor:
-        """Log-probabilities of the completions under the reference, ``(N,)``: computed now, or looked up."""
+    def reference_logps(self, batch: PackedBatch, stage: str) -> Tensor | None:
+        """Log-probabilities of the completions under the reference, ``(N,)``: computed now, or looked up.
+
+        None where the objective needs no reference.
+        """
+        if not self.objective.needs_reference:
+            return None
         if self.reference_cache is not None and stage in self.reference_cache:
             return self.reference_cache.lookup(stage, batch)
         if self.reference is None:
             raise ValueError(f"no reference log-probabilities for {stage!r}: set precompute_reference: false")
-        return self.reference(batch)
+        return summed(self.reference.logprobs(batch), batch, self.ld_alpha)
 
     def _assert_equal_at_start(self, logps: Tensor, ref_logps: Tensor, batch: PackedBatch) -> None:
         """At step 0 policy and reference are the same model, so every log-ratio is 0 up to rounding."""
@@ -130,40 +152,114 @@ class DPO(Algorithm):
     def losses(self, batch: PackedBatch, stage: str) -> Tensor:
         """The objective's loss of every pair, ``(N/2,)``."""
         check_pairs(batch)
-        tokens = self.policy(batch, with_entropy=True)
-        logps = RF.sum_by_sequence(tokens.logprobs, batch.target_lengths)
-        ref_logps = self.reference_logps(batch, stage)
-        if stage == "train" and not self._checked:
-            self._assert_equal_at_start(logps.detach(), ref_logps, batch)
-        losses = self.objective(logps[0::PAIR], logps[1::PAIR], ref_logps[0::PAIR], ref_logps[1::PAIR])
-        rewards = self.rewards(logps.detach(), ref_logps)
-        chosen, rejected = rewards[0::PAIR], rewards[1::PAIR]
-        values = {
+        tokens = self.policy(batch, with_entropy=True, with_collision=self.wpo)
+        logps = summed(tokens.logprobs, batch, self.ld_alpha)
+        completions = Completions(logps, batch.target_lengths, self.reference_logps(batch, stage))
+        if stage == "train" and not self._checked and completions.ref_logps is not None:
+            self._assert_equal_at_start(logps.detach(), completions.ref_logps, batch)
+        pairs = completions.pairs(None if self.reward_mean is None else self.reward_mean.value)
+        losses = self.objective(pairs)
+        if self.wpo:
+            assert tokens.log_collision is not None
+            weights = RF.wpo_weights(tokens.logprobs, tokens.log_collision, batch.target_lengths)
+            losses = losses * weights[0::PAIR] * weights[1::PAIR]
+        self._record_pairs(stage, batch, losses, tokens, completions, pairs)
+        return losses
+
+    def _record_pairs(
+        self,
+        stage: str,
+        batch: PackedBatch,
+        losses: Tensor,
+        tokens: TokenLogprobs,
+        completions: Completions,
+        pairs: Pairs,
+    ) -> None:
+        rewards = self.rewards(completions)
+        assert tokens.entropy is not None
+        values: dict[str, Tensor | tuple[Tensor, ...]] = {
             "loss": losses,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": RF.pairwise_accuracy(chosen, rejected),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": logps[0::PAIR],
-            "logps/rejected": logps[1::PAIR],
+            **self.objective.metrics(pairs),
+            LENGTH_CORRELATION: (rewards, batch.target_lengths),
             "mean_token_accuracy": torch.cat(tokens.correct.split(batch.num_targets)[0::PAIR]).float(),
             "entropy": tokens.entropy,
         }
         self.record(stage, batch, values)
-        return losses
+        if stage == "train" and self.reward_mean is not None:
+            self.reward_mean.update(rewards)
 
-    def rewards(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
+    @torch.no_grad()
+    def rewards(self, completions: Completions) -> Tensor:
         """The implicit rewards of completions, ``(N,)``."""
-        return self.objective.rewards(logps, ref_logps)
+        return self.objective.rewards(completions)
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> Tensor:
+        r"""The implicit reward of any completions, ``(N,)``: $\beta (\log \pi - \log \pi_{ref})$.
+
+        Without a reference it is the objective's own: β log π (CPO), or that a token (ORPO, SimPO). Rewards compare
+        completions of one prompt.
+
+        Raises:
+            ValueError: If the reference was only computed in advance, for the training data.
+        """
+        if self.objective.needs_reference and self.reference is None:
+            raise ValueError(
+                "scoring new completions needs the reference itself, not stored log-probabilities: set "
+                "precompute_reference: false"
+            )
+        logps = RF.sum_by_sequence(self.policy(batch).logprobs, batch.target_lengths)
+        ref_logps = None if self.reference is None else self.reference(batch)
+        return self.rewards(Completions(logps, batch.target_lengths, ref_logps))
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of a micro-batch; see :meth:`Algorithm.step_mean`."""
         return self.step_mean(self.losses(batch, "train"), batch)
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """The implicit reward of every completion, ``(N,)``."""
-        logps = RF.sum_by_sequence(self.policy(batch).logprobs, batch.target_lengths)
-        return self.rewards(logps, self.reference_logps(batch, "predict"))
+        """The implicit reward of every completion, ``(N,)``; see :meth:`score`."""
+        return self.score(batch)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Also let the rewards of this step count in their running mean."""
+        super().on_before_optimizer_step(optimizer)
+        if self.reward_mean is not None:
+            self.reward_mean.commit()
+
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The objective's metrics, and those of every pair of completions."""
+        return (*self.objective.metric_names, LENGTH_CORRELATION, "mean_token_accuracy", "entropy")
+
+    def new_metric(self, name: str) -> Metric:
+        """Means, and one correlation."""
+        return Correlation() if name == LENGTH_CORRELATION else super().new_metric(name)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the validation data, and warn of likelihood displacement."""
+        values = self._log_means("val")
+        change = values.get("logps/chosen_change_per_token")
+        if change is None or self._warned or not change < -LARGE_DISPLACEMENT:
+            return
+        self._warned = True
+        warnings.warn(
+            f"likelihood displacement: the chosen completions of the validation data have lost {-change:.2f} nats a "
+            "token since the reference, so probability moves to what nobody chose. What helps: a larger beta, a lower "
+            "optimization.lr or fewer steps, Weighted with an SFTTerm, or APOZero as the objective",
+            stacklevel=2,
+        )
+
+
+def _check_options(objective: Objective, asks_for_reference: bool, ld_alpha: float, wpo: bool) -> None:
+    name = type(objective).__name__
+    if asks_for_reference and not objective.needs_reference:
+        raise ValueError(f"{name} has no reference: leave out reference, and set precompute_reference: false")
+    if not 0.0 <= ld_alpha <= 1.0:
+        raise ValueError(f"ld_alpha must lie in [0, 1], got {ld_alpha}")
+    if wpo and objective.sorts_batch:
+        raise ValueError(f"{name} sorts its batch, so that no weight a pair fits its losses: set wpo: false")
 
 
 def check_pairs(batch: PackedBatch) -> None:

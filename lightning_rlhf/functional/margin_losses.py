@@ -189,8 +189,9 @@ def exo_loss(
 ) -> Tensor:
     r"""Efficient exact optimisation of pairs.
 
-    $KL([q, 1 - q] \| [1 - \varepsilon, \varepsilon])$ with $q = \sigma(\beta h)$: equation 16 of Ji et al. (2024), "Towards Efficient Exact Optimization of Language Model Alignment". DPO is the
-    divergence the other way around.
+    $KL([q, 1 - q] \| [1 - \varepsilon, \varepsilon])$ with $q = \sigma(\beta h)$: equation 16
+    of Ji et al. (2024), "Towards Efficient Exact Optimization of Language Model Alignment". DPO is the divergence the
+    other way around.
 
     Args:
         policy_chosen_logps: Log-probabilities of the preferred completions under the policy, ``(N,)``, in nats.

@@ -121,7 +121,8 @@ def simpo_loss(
 ) -> Tensor:
     r"""Simple preference optimisation.
 
-    $-\log \sigma(\beta [\log \pi(y_w) / |y_w| - \log \pi(y_l) / |y_l|] - \gamma)$: equation 6 of Meng et al. (2024), "SimPO: Simple Preference Optimization with a Reference-Free Reward".
+    $-\log \sigma(\beta [\log \pi(y_w) / |y_w| - \log \pi(y_l) / |y_l|] - \gamma)$: equation 6
+    of Meng et al. (2024), "SimPO: Simple Preference Optimization with a Reference-Free Reward".
 
     Args:
         chosen_logps: Log-probabilities of the preferred completions under the policy, ``(N,)``, in nats.

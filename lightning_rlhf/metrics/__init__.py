@@ -1,5 +1,6 @@
 """torchmetrics classes over :mod:`lightning_rlhf.functional`."""
 
 from lightning_rlhf.metrics.aggregation import Mean, Total
+from lightning_rlhf.metrics.correlation import Correlation
 
-__all__ = ["Mean", "Total"]
+__all__ = ["Correlation", "Mean", "Total"]

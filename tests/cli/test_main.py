@@ -92,7 +92,7 @@ def test_flags_and_yaml_reach_nested_settings(program, config):
     found = settings(printed)
     assert code == 0
     assert (found["policy"]["path"], found["policy"]["lora"]["r"]) == ("X", 8)
-    assert found["objective"]["init_args"] == {"beta": 0.3, "label_smoothing": 0.0}
+    assert found["objective"]["init_args"].items() >= {"beta": 0.3, "label_smoothing": 0.0}.items()
     assert found["optimization"]["lr"] == 1e-3
 
 
@@ -107,7 +107,7 @@ def test_later_configurations_override_key_by_key(program, config, tmp_path):
     _, printed, _ = program("fit", "--config", config, "-c", overlay, "--print_config")
     found = settings(printed)
     assert (found["policy"]["path"], found["policy"]["lora"]["r"]) == ("nowhere", 4)
-    assert found["objective"]["init_args"] == {"beta": 0.5, "label_smoothing": 0.0}
+    assert found["objective"]["init_args"].items() >= {"beta": 0.5, "label_smoothing": 0.0}.items()
     assert found["optimization"]["lr"] == 1e-5
 
 
