@@ -150,3 +150,21 @@ def test_a_missing_configuration_is_named(program):
     code, _, error = program("fit", "--config", "nothing.yaml")
     assert code == 2
     assert "nothing.yaml" in error
+
+
+def test_a_weighted_sum_of_objectives_in_yaml(program, tmp_path):
+    """Short class names, nested; printed settings build the same objective again."""
+    parts = [{"class_path": "IPO", "init_args": {"beta": 0.2}}, {"class_path": "SFTTerm"}]
+    objective = {"class_path": "Weighted", "init_args": {"objectives": parts, "weights": [1.0, 0.3]}}
+    model = {
+        "class_path": "DPO",
+        "init_args": {**BASE["model"]["init_args"], "objective": objective},
+    }
+    path = tmp_path / "sum.yaml"
+    path.write_text(yaml.safe_dump({"model": model}))
+    code, printed, error = program("fit", "--config", path, "--print_config")
+    assert code == 0, error
+    from lightning_rlhf.objectives import IPO, Objective, SFTTerm, Weighted
+
+    expected = Weighted([IPO(beta=0.2), SFTTerm()], [1.0, 0.3])
+    assert Objective.from_config(settings(printed)["objective"]) == expected

@@ -6,7 +6,9 @@ import torch
 import yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-DATA = {"sft": "sft_train.jsonl", "dpo": "preferences_train.jsonl"}
+PREFERENCES = "preferences_train.jsonl"
+DATA = {"sft": "sft_train.jsonl", **dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PREFERENCES)}
+ALGORITHMS = {recipe: "SFT" if recipe == "sft" else "DPO" for recipe in DATA}
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +21,9 @@ def sandbox(tmp_path_factory, llama_dir):
         {"prompt": f"tell me {n}:", "completion": f" ok {n}", "chosen": f" yes {n}.", "rejected": " no"}
         for n in range(40)
     ]
-    columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}
-    for name, file in DATA.items():
-        picked = [{column: row[column] for column in columns[name]} for row in rows]
+    columns = {DATA["sft"]: ("prompt", "completion"), PREFERENCES: ("prompt", "chosen", "rejected")}
+    for file, names in columns.items():
+        picked = [{column: row[column] for column in names} for row in rows]
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in picked))
     return folder
 
@@ -56,7 +58,7 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
     assert code == 0, error[-2000:]
     saved = torch.load(checkpoint(tmp_path), weights_only=True)
     assert saved["global_step"] == 2
-    assert saved["algorithm"] == recipe.upper()
+    assert saved["algorithm"] == ALGORITHMS[recipe]
     assert "random_states" in saved
     assert (
         yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())["trainer"][
@@ -66,7 +68,7 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
     )
     code, printed, error = program("export", checkpoint(tmp_path), "--output", "out", "--merge")
     assert code == 0, error
-    assert recipe.upper() in printed
+    assert ALGORITHMS[recipe] in printed
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
