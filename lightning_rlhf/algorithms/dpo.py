@@ -1,6 +1,5 @@
 """Direct preference optimisation and, through its objective, its family."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.base import Algorithm, as_policy, plain
 from lightning_rlhf.algorithms.optimization import Optimization
+from lightning_rlhf.algorithms.preference_checks import (
+    LARGE_DISPLACEMENT,
+    check_options,
+    warn_of_displacement,
+)
 from lightning_rlhf.algorithms.reference_cache import ReferenceCache, summed
 from lightning_rlhf.algorithms.running_mean import RunningMean
 from lightning_rlhf.data.packing import PackedBatch
@@ -23,7 +27,6 @@ from lightning_rlhf.objectives import Completions, Objective, Pairs, Sigmoid
 
 PAIR = 2
 LENGTH_CORRELATION = "rewards/length_correlation"
-LARGE_DISPLACEMENT = 0.5
 
 
 class DPO(Algorithm):
@@ -75,7 +78,7 @@ class DPO(Algorithm):
             Objective.from_config(objective) if isinstance(objective, Mapping) else objective or Sigmoid()
         )
         super().__init__(policy, tokenizer, optimization)
-        _check_options(self.objective, reference is not None or precompute_reference, ld_alpha, wpo)
+        check_options(self.objective, reference is not None or precompute_reference, ld_alpha, wpo)
         self.ld_alpha, self.wpo = ld_alpha, wpo
         self.reward_mean = RunningMean() if self.objective.needs_reward_mean else None
         self._warned = False
@@ -244,22 +247,7 @@ class DPO(Algorithm):
         if change is None or self._warned or not change < -LARGE_DISPLACEMENT:
             return
         self._warned = True
-        warnings.warn(
-            f"likelihood displacement: the chosen completions of the validation data have lost {-change:.2f} nats a "
-            "token since the reference, so probability moves to what nobody chose. What helps: a larger beta, a lower "
-            "optimization.lr or fewer steps, Weighted with an SFTTerm, or APOZero as the objective",
-            stacklevel=2,
-        )
-
-
-def _check_options(objective: Objective, asks_for_reference: bool, ld_alpha: float, wpo: bool) -> None:
-    name = type(objective).__name__
-    if asks_for_reference and not objective.needs_reference:
-        raise ValueError(f"{name} has no reference: leave out reference, and set precompute_reference: false")
-    if not 0.0 <= ld_alpha <= 1.0:
-        raise ValueError(f"ld_alpha must lie in [0, 1], got {ld_alpha}")
-    if wpo and objective.sorts_batch:
-        raise ValueError(f"{name} sorts its batch, so that no weight a pair fits its losses: set wpo: false")
+        warn_of_displacement(change)
 
 
 def check_pairs(batch: PackedBatch) -> None:

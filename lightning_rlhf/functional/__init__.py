@@ -7,13 +7,12 @@ reduce, say so by their names.
 from lightning_rlhf.functional.divergence import divergence_scores
 from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
+from lightning_rlhf.functional.length_normalized import ipo_loss, length_normalized_dpo_loss
 from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_logprobs
 from lightning_rlhf.functional.margin_losses import (
     discopop_loss,
     exo_loss,
     hinge_loss,
-    ipo_loss,
-    length_normalized_dpo_loss,
     robust_dpo_loss,
 )
 from lightning_rlhf.functional.masking import masked_mean, masked_var, masked_whiten

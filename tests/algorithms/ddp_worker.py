@@ -9,7 +9,10 @@ from torch.utils.data import DataLoader
 from lightning_rlhf.algorithms import DPO, SFT, Optimization
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.models import LoRA, Policy
+from lightning_rlhf.objectives import BCO, Sigmoid
 from tests.algorithms.conftest import Gradients, random_groups
+
+OBJECTIVES = {"DPO": Sigmoid(), "BCO": BCO(beta=1.0)}
 
 
 def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -> None:
@@ -17,7 +20,10 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
     torch.manual_seed(0)
     policy = Policy(model_dir, lora=LoRA(r=2, init="gaussian") if lora == "lora" else None)
     settings = Optimization(name="sgd", lr=1e-2, schedule="constant")
-    module = {"SFT": SFT, "DPO": DPO}[algorithm](policy, optimization=settings)
+    if algorithm == "SFT":
+        module = SFT(policy, optimization=settings)
+    else:
+        module = DPO(policy, optimization=settings, objective=OBJECTIVES[algorithm])
     seen = Gradients()
     world = int(devices)
     trainer = L.Trainer(
