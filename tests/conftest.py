@@ -106,3 +106,19 @@ def trainer(tmp_path: Path) -> Callable[..., Any]:
         return L.Trainer(**{**defaults, **settings})
 
     return make
+
+
+@pytest.fixture
+def tokenizer() -> Any:  # noqa: ANN401
+    """A tokenizer of single letters."""
+    from tests.tokenizers import letters
+
+    return letters()
+
+
+@pytest.fixture
+def llama() -> Any:  # noqa: ANN401
+    """A tiny random Llama."""
+    from tests.models.families import tiny
+
+    return tiny("LlamaConfig")

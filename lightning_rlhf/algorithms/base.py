@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
@@ -63,7 +64,7 @@ class Algorithm(L.LightningModule):
             self.policy = as_language_model(built)
         self.metrics = nn.ModuleDict(
             {
-                metric_key(stage, name): Mean()
+                metric_key(stage, name): self.new_metric(name)
                 for stage in ("train", "val", "test")
                 for name in self.metric_names
             }
@@ -187,15 +188,21 @@ class Algorithm(L.LightningModule):
 
     # --- metrics --------------------------------------------------------------------------------------------------
 
-    def record(self, stage: str, batch: PackedBatch, values: Mapping[str, Tensor]) -> None:
-        """Add values to the running means of a stage; nothing is synchronised here."""
+    def new_metric(self, name: str) -> Metric:
+        """What accumulates the values recorded under a name."""
+        return Mean()
+
+    def record(
+        self, stage: str, batch: PackedBatch, values: Mapping[str, Tensor | tuple[Tensor, ...]]
+    ) -> None:
+        """Add values to the metrics of a stage (a tuple as several arguments); nothing is synchronised here."""
         for name, value in values.items():
-            self._mean(stage, name).update(value)
+            self._metric(stage, name).update(*(value if isinstance(value, tuple) else (value,)))
         if stage == "train":
             self.num_tokens.update(batch.input_ids.numel())
 
-    def _mean(self, stage: str, name: str) -> Mean:
-        return cast(Mean, self.metrics[metric_key(stage, name)])
+    def _metric(self, stage: str, name: str) -> Metric:
+        return cast(Metric, self.metrics[metric_key(stage, name)])
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:  # noqa: ANN401
         """Log the means since the last log, every ``log_every_n_steps`` optimizer steps."""
@@ -216,8 +223,8 @@ class Algorithm(L.LightningModule):
         """Metrics that follow from the means of a stage, such as a perplexity."""
         return {}
 
-    def _log_means(self, stage: str) -> None:
-        means = {name: self._mean(stage, name) for name in self.metric_names}
+    def _log_means(self, stage: str) -> dict[str, Tensor]:
+        means = {name: self._metric(stage, name) for name in self.metric_names}
         values = {name: metric.compute().float() for name, metric in means.items() if metric.update_called}
         for metric in means.values():
             metric.reset()
@@ -226,6 +233,7 @@ class Algorithm(L.LightningModule):
             values["num_tokens"] = self.num_tokens.compute()
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rewards/accuracies"), batch_size=1)
+        return values
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

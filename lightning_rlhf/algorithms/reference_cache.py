@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rlhf import functional as RF
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models import LanguageModel, Reference
 from lightning_rlhf.models.language_model import is_adapter
@@ -23,10 +24,12 @@ class ReferenceCache:
 
     Args:
         directory: Made where it is missing.
+        ld_alpha: Weight of the tokens past the shorter completion's length; with 1, any number of completions.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ld_alpha: float = 1.0) -> None:
         self.directory = directory
+        self.ld_alpha = ld_alpha
         self.fingerprint = ""
         self.kind: ReferenceKind = "model"
         self._logps: dict[str, Tensor] = {}
@@ -65,6 +68,8 @@ class ReferenceCache:
                 "of a plain DataLoader say nothing about its data"
             )
         weights = self.fingerprint or weights_fingerprint(reference.model, without_adapter=False)
+        if self.ld_alpha != 1.0:
+            weights += f"ld_alpha={self.ld_alpha}"
         for split in splits:
             if split not in data.datasets:
                 continue
@@ -93,11 +98,21 @@ class ReferenceCache:
         for index, batch in enumerate(data.evaluation_loader(split)):
             if index % trainer.world_size != trainer.global_rank:
                 continue
-            logps = reference(batch.to(device)).view(batch.num_groups, -1)
+            logps = summed(reference.logprobs(batch.to(device)), batch, self.ld_alpha).view(
+                batch.num_groups, -1
+            )
             if table is None:
                 table = torch.zeros(len(data.datasets[split]), logps.shape[1], device=device)
             table[list(batch.row_ids)] = logps.float()
         return trainer.strategy.reduce(table, reduce_op="sum").cpu()
+
+
+def summed(logprobs: Tensor, batch: PackedBatch, ld_alpha: float) -> Tensor:
+    """Log-probabilities of whole completions, ``(N,)``, from those of tokens; plain sums where ``ld_alpha`` is 1."""
+    lengths = batch.target_lengths.to(logprobs.device)
+    if ld_alpha == 1.0:
+        return RF.sum_by_sequence(logprobs, lengths)
+    return RF.length_desensitized_sum(logprobs, lengths, ld_alpha=ld_alpha)
 
 
 def weights_fingerprint(model: LanguageModel, *, without_adapter: bool) -> str:

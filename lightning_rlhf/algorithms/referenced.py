@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf.algorithms.base import Algorithm, as_policy
 from lightning_rlhf.algorithms.optimization import Optimization
-from lightning_rlhf.algorithms.reference_cache import ReferenceCache
+from lightning_rlhf.algorithms.reference_cache import ReferenceCache, summed
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models import Policy, Reference, load_language_model
 from lightning_rlhf.models.language_model import disable_dropout
@@ -30,6 +30,8 @@ class Referenced(Algorithm):
         cache_dir: Where they are kept, under a fingerprint of model, data and template.
     """
 
+    ld_alpha: float = 1.0
+
     def __init__(
         self,
         policy: Policy | str | nn.Module,
@@ -43,12 +45,21 @@ class Referenced(Algorithm):
         self.reference_settings = None if reference is None else as_policy(reference)[0]
         self.precompute_reference = precompute_reference
         self.reference: Reference | None = None
-        self.reference_cache = ReferenceCache(Path(cache_dir)) if precompute_reference else None
+        self.reference_cache = (
+            ReferenceCache(Path(cache_dir), self.ld_alpha) if precompute_reference else None
+        )
         self._checked = False
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there is a reference at all."""
+        return True
+
     def on_policy_loaded(self) -> None:
-        """Make the reference from the untrained policy, and switch dropout off in both."""
+        """Make the reference from the untrained policy, where one is needed, and switch dropout off in both."""
         disable_dropout(self.policy)
+        if not self.needs_reference:
+            return
         if self.reference_settings is not None:
             self.reference = Reference(load_language_model(self.reference_settings), kind="model")
         elif self.reference_cache is None:
@@ -68,7 +79,7 @@ class Referenced(Algorithm):
             return self.reference_cache.lookup(stage, batch)
         if self.reference is None:
             raise ValueError(f"no reference log-probabilities for {stage!r}: set precompute_reference: false")
-        return self.reference(batch)
+        return summed(self.reference.logprobs(batch), batch, self.ld_alpha)
 
     def _assert_equal_at_start(self, logps: Tensor, ref_logps: Tensor, batch: PackedBatch) -> None:
         """At step 0 policy and reference are the same model, so every log-ratio is 0 up to rounding."""

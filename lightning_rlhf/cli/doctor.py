@@ -17,6 +17,7 @@ from lightning_rlhf.cli.doctor_tables import data_tables, facts_table, plain_tab
 from lightning_rlhf.cli.tokens import first_example, render
 from lightning_rlhf.cli.training import RLHFCLI
 from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.objectives import Sigmoid
 
 LEGEND = "[ ] and green: learned from; dim: prompt; yellow: not learned from; magenta: special token; | between tokens"
 
@@ -105,7 +106,7 @@ class Examination(Callback):
         for name in ("train/loss", "train/mean_token_accuracy", "train/entropy", "train/rewards/margins"):
             if name in values:
                 table.add_row(name.removeprefix("train/"), f"{values[name]:.4f}")
-        if isinstance(pl_module, DPO):
+        if isinstance(pl_module, DPO) and isinstance(pl_module.objective, Sigmoid):
             table.add_row("", f"the sigmoid loss of an untrained policy is ln 2 = {math.log(2):.4f}")
         table.add_row("seconds a micro-batch", f"{min(self._steps):.2f} ({len(self._steps)} ran)")
         if torch.cuda.is_available():

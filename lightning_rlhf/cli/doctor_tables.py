@@ -8,11 +8,12 @@ import torch
 from rich.table import Table
 
 from lightning_rlhf import functional as RF
+from lightning_rlhf.algorithms import DPO
 from lightning_rlhf.algorithms.base import Algorithm
 from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.language_model import is_adapter
-from lightning_rlhf.models.reference import REFERENCE_ADAPTER
+from lightning_rlhf.models.reference import REFERENCE_ADAPTER, Reference
 
 
 def data_tables(trainer: L.Trainer, batch: PackedBatch) -> list[Table]:
@@ -94,8 +95,7 @@ def facts_table(trainer: L.Trainer, module: Algorithm, batch: PackedBatch, *, pr
         "groups an optimizer step",
         f"about {batch.num_groups * window * trainer.world_size} (accumulating {window})",
     )
-    if isinstance(module, Referenced):
-        assert module.reference is not None
+    if isinstance(module, Referenced) and module.reference is not None:
         how = (
             "another model, given by reference"
             if module.reference_settings
@@ -104,9 +104,10 @@ def facts_table(trainer: L.Trainer, module: Algorithm, batch: PackedBatch, *, pr
         table.add_row(
             "reference", how + (", computed once before training and kept on disk" if precomputes else "")
         )
-        table.add_row("KL at step 0", kl_at_start(module, batch))
+        table.add_row("KL at step 0", kl_at_start(module, module.reference, batch))
     else:
-        table.add_row("reference", f"none: {type(module).__name__} needs none")
+        whose = type(module.objective if isinstance(module, DPO) else module).__name__
+        table.add_row("reference", f"none: {whose} needs none")
     return table
 
 
@@ -119,10 +120,10 @@ REFERENCES = {
 
 
 @torch.no_grad()
-def kl_at_start(module: Referenced, batch: PackedBatch) -> str:
+def kl_at_start(module: Referenced, reference: Reference, batch: PackedBatch) -> str:
     """How far policy and reference are apart on a batch, in words: 0 up to rounding."""
     logps = RF.sum_by_sequence(module.policy(batch).logprobs, batch.target_lengths)
-    gap = logps - module.reference_logps(batch, "doctor")
+    gap = logps - reference(batch)
     return (
         f"{gap.mean().item():.2g} nats a completion (mean of log π − log π_ref on {len(gap)} completions of the data; "
         f"largest {gap.abs().max().item():.2g})"

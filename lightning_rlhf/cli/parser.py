@@ -71,10 +71,13 @@ def _option_names(parser: LightningArgumentParser) -> list[str]:
     """Keys of the parser itself, and of the package's settings, which it knows only once a class is chosen."""
     from dataclasses import fields
 
+    from lightning_rlhf import objectives
     from lightning_rlhf.algorithms import Optimization
     from lightning_rlhf.models import LoRA, Policy, Quantization
-    from lightning_rlhf.objectives import Sigmoid
 
-    settings = (Policy, LoRA, Quantization, Optimization, Sigmoid)
+    losses = [
+        thing for name in objectives.__all__ if issubclass(thing := getattr(objectives, name), Objective)
+    ]
+    settings = (Policy, LoRA, Quantization, Optimization, *losses)
     names = [field.name for cls in settings for field in fields(cls)]
     return names + [action.dest.rsplit(".", 1)[-1] for action in parser._actions]

@@ -6,15 +6,35 @@ reduce, say so by their names.
 
 from lightning_rlhf.functional.annotators import agreement, cohen_kappa
 from lightning_rlhf.functional.calibration import ReliabilityCurve, calibration_error, reliability_curve
+from lightning_rlhf.functional.divergence import divergence_scores
 from lightning_rlhf.functional.intervals import wilson_interval
 from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
 from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
 from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy
+from lightning_rlhf.functional.length_normalized import ipo_loss, length_normalized_dpo_loss
 from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_logprobs
+from lightning_rlhf.functional.margin_losses import (
+    discopop_loss,
+    exo_loss,
+    hinge_loss,
+    robust_dpo_loss,
+)
 from lightning_rlhf.functional.masking import masked_mean, masked_var, masked_whiten
 from lightning_rlhf.functional.moments import mean_and_std
-from lightning_rlhf.functional.preference import dpo_loss, implicit_rewards, pairwise_accuracy
+from lightning_rlhf.functional.pointwise_losses import (
+    apo_down_loss,
+    apo_zero_loss,
+    bco_loss,
+    nca_loss,
+    sppo_loss,
+)
+from lightning_rlhf.functional.preference import (
+    dpo_loss,
+    implicit_rewards,
+    pairwise_accuracy,
+    smoothed_logistic,
+)
 from lightning_rlhf.functional.ranking import (
     Comparisons,
     bradley_terry_loss,
@@ -23,38 +43,69 @@ from lightning_rlhf.functional.ranking import (
     ensemble_uncertainty_weighted,
     ensemble_worst_case,
 )
+from lightning_rlhf.functional.reference_free import (
+    cpo_loss,
+    log_odds_ratio,
+    orpo_loss,
+    sft_term,
+    simpo_loss,
+)
+from lightning_rlhf.functional.sequence_weights import length_desensitized_sum, wpo_weights
+from lightning_rlhf.functional.transport_losses import aot_loss, aot_unpaired_loss
 
 __all__ = [
     "Comparisons",
     "ReliabilityCurve",
     "TokenLogprobs",
     "agreement",
+    "aot_loss",
+    "aot_unpaired_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
     "apo_zero_unpaired_loss",
+    "bco_loss",
     "bradley_terry_loss",
     "calibration_error",
     "cohen_kappa",
     "comparisons",
+    "cpo_loss",
+    "discopop_loss",
+    "divergence_scores",
     "dpo_loss",
     "ensemble_mean",
     "ensemble_uncertainty_weighted",
     "ensemble_worst_case",
+    "exo_loss",
+    "hinge_loss",
     "implicit_rewards",
+    "ipo_loss",
     "kl_k1",
     "kl_k2",
     "kl_k3",
     "kto_loss",
     "kto_reference_point",
     "length_correlation",
+    "length_desensitized_sum",
+    "length_normalized_dpo_loss",
+    "log_odds_ratio",
     "longer_wins_accuracy",
     "masked_mean",
     "masked_var",
     "masked_whiten",
     "mean_and_std",
+    "nca_loss",
+    "orpo_loss",
     "pairwise_accuracy",
     "perplexity",
     "reliability_curve",
+    "robust_dpo_loss",
     "sft_loss",
+    "sft_term",
+    "simpo_loss",
+    "smoothed_logistic",
+    "sppo_loss",
     "sum_by_sequence",
     "token_logprobs",
     "wilson_interval",
+    "wpo_weights",
 ]

@@ -14,21 +14,24 @@ BLOCK_ROWS_GPU = 128
 
 
 class TokenLogprobs(NamedTuple):
-    """What one pass over the vocabulary tells about each token.
+    r"""What one pass over the vocabulary tells about each token.
 
     Attributes:
         logprobs: Log-probability of the token, ``(M,)``, float32, in nats.
         entropy: Entropy of the distribution it was predicted from, ``(M,)``, float32, in nats; None unless asked.
         correct: Whether the token was the likeliest one, ``(M,)``, boolean.
+        log_collision: $\log \sum_v p(v)^2$ of that distribution, ``(M,)``, float32, without gradient; None unless
+            asked.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     correct: Tensor
+    log_collision: Tensor | None = None
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
-    """(logits, targets) → log-softmax at the targets, entropy, and whether the target is the largest logit.
+    """(logits, targets) → log-softmax at the targets, entropy, is the target the largest logit, log Σ p².
 
     One function rather than ``log_softmax().gather()``: only the logits are kept, and all that is derived from them
     is computed in blocks of rows.
@@ -40,14 +43,17 @@ class _LogSoftmaxAt(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        with_collision: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         largest = logits.amax(-1, keepdim=True)
         at_target = (logits.gather(-1, targets[:, None]) - largest).squeeze(-1)
-        total, entropy = torch.empty_like(at_target), torch.zeros_like(at_target)
+        total, entropy, squares = (torch.zeros_like(at_target) for _ in range(3))
         for rows in _row_blocks(logits):
             shifted = logits[rows] - largest[rows]
             weights = shifted.exp()
             total[rows] = weights.sum(-1)
+            if with_collision:
+                squares[rows] = weights.square().sum(-1)
             if with_entropy:
                 entropy[rows] = weights.mul_(shifted).sum(-1)
         log_total = total.log()
@@ -55,8 +61,9 @@ class _LogSoftmaxAt(torch.autograd.Function):
         correct = at_target == 0
         ctx.set_materialize_grads(False)  # an entropy that is only logged then costs nothing in the backward
         ctx.save_for_backward(logits, largest, log_total, targets, entropy)
-        ctx.mark_non_differentiable(correct)
-        return at_target - log_total, entropy, correct
+        collision = squares.log() - 2 * log_total
+        ctx.mark_non_differentiable(correct, collision)
+        return at_target - log_total, entropy, correct, collision
 
     @staticmethod
     @once_differentiable
@@ -64,8 +71,8 @@ class _LogSoftmaxAt(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - autograd's context
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
-        _: None,
-    ) -> tuple[Tensor, None, None]:
+        *_: None,
+    ) -> tuple[Tensor, None, None, None]:
         logits, largest, log_total, targets, entropy = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         if grad_logprobs is None:
@@ -77,7 +84,7 @@ class _LogSoftmaxAt(torch.autograd.Function):
             if grad_entropy is not None:
                 slope = slope - grad_entropy[rows, None] * (logp + entropy[rows, None])
             logp.exp_().mul_(slope)
-        return gradient.scatter_add_(-1, targets[:, None], grad_logprobs[:, None]), None, None
+        return gradient.scatter_add_(-1, targets[:, None], grad_logprobs[:, None]), None, None, None
 
 
 def _row_blocks(logits: Tensor) -> list[slice]:
@@ -93,6 +100,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    with_collision: bool = False,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> TokenLogprobs:
     r"""Log-probability of each target token, $\log \mathrm{softmax}(\mathrm{head}(h_i) / T)_{y_i}$.
@@ -108,6 +116,7 @@ def token_logprobs(
         targets: Token ids, ``(M,)``.
         temperature: T, which divides the logits.
         with_entropy: Also return the entropy of each distribution (differentiable).
+        with_collision: Also return the logarithm of its collision probability.
         chunk_size: Positions a chunk.
 
     Returns:
@@ -128,10 +137,10 @@ def token_logprobs(
             f"hidden must be (M, H) and targets (M,), got {tuple(hidden.shape)} and {tuple(targets.shape)}"
         )
 
-    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = head(hidden).float()
         return _LogSoftmaxAt.apply(
-            logits if temperature == 1.0 else logits / temperature, targets, with_entropy
+            logits if temperature == 1.0 else logits / temperature, targets, with_entropy, with_collision
         )
 
     # The backward begins with the last chunk, so that one may keep its logits: the others compute theirs again when
@@ -142,8 +151,12 @@ def token_logprobs(
         chunks = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in earlier]
     else:
         chunks = [of_chunk(h, t) for h, t in earlier]
-    logprobs, entropy, correct = (torch.cat(p) for p in zip(*chunks, of_chunk(*last), strict=True))
-    return TokenLogprobs(logprobs, entropy if with_entropy else None, correct)
+    logprobs, entropy, correct, collision = (
+        torch.cat(parts) for parts in zip(*chunks, of_chunk(*last), strict=True)
+    )
+    return TokenLogprobs(
+        logprobs, entropy if with_entropy else None, correct, collision if with_collision else None
+    )
 
 
 def _chunk_sizes(count: int, size: int) -> list[int]:

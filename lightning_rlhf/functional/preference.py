@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_rlhf.functional.ranges import check_label_smoothing, check_positive
+
 
 def implicit_rewards(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
     r"""The reward that a policy implies, up to a constant per prompt: $\beta (\log \pi - \log \pi_{ref})$.
@@ -61,13 +63,30 @@ def dpo_loss(
         >>> dpo_loss(torch.ones(1), zero, zero, zero, beta=1.0)
         tensor([0.3133])
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
+    check_positive("beta", beta)
     margin = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
-    kept, flipped = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
-    return -(1.0 - label_smoothing) * kept - label_smoothing * flipped
+    return smoothed_logistic(beta * margin, label_smoothing=label_smoothing)
+
+
+def smoothed_logistic(margin: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    r"""The logistic loss of a margin, $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$.
+
+    Args:
+        margin: By how much the chosen completion leads, ``(N,)``.
+        label_smoothing: ε, the assumed share of flipped labels, in [0, 0.5).
+
+    Returns:
+        One loss per pair, ``(N,)``.
+
+    Raises:
+        ValueError: If ``label_smoothing`` is out of range.
+
+    Example:
+        >>> smoothed_logistic(torch.tensor([0.0, 1.0]))
+        tensor([0.6931, 0.3133])
+    """
+    check_label_smoothing(label_smoothing)
+    return -(1.0 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def pairwise_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:

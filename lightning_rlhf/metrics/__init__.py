@@ -10,6 +10,7 @@ from lightning_rlhf.metrics.margins import Margins, MeanAndStd
 __all__ = [
     "AnnotatorAgreement",
     "CalibrationError",
+    "Correlation",
     "LengthCorrelation",
     "LongerWins",
     "Margins",
@@ -18,3 +19,4 @@ __all__ = [
     "PairwiseAccuracy",
     "Total",
 ]
+from lightning_rlhf.metrics.correlation import Correlation

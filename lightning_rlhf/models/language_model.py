@@ -83,7 +83,12 @@ class LanguageModel(nn.Module):
         )
 
     def forward(
-        self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        with_collision: bool = False,
     ) -> TokenLogprobs:
         """Score every target of a batch.
 
@@ -91,6 +96,7 @@ class LanguageModel(nn.Module):
             batch: Prompt groups, on the model's device.
             temperature: Divides the logits.
             with_entropy: Also return the entropy at every target.
+            with_collision: Also return the logarithm of the collision probability at every target.
 
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
@@ -101,6 +107,7 @@ class LanguageModel(nn.Module):
             batch.targets,
             temperature=temperature,
             with_entropy=with_entropy,
+            with_collision=with_collision,
             chunk_size=max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size),
         )
 

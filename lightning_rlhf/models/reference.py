@@ -56,15 +56,17 @@ class Reference(nn.Module):
         return policy.role(None if self.kind == "base" else REFERENCE_ADAPTER)
 
     @torch.no_grad()
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        """Log-probabilities of the targets, ``(M,)``, in nats, without gradient."""
+        if self.kind == "model":
+            return self.model(batch).logprobs
+        (policy,) = self._policy
+        with self._role(policy):
+            return policy(batch).logprobs
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities of whole completions, ``(N,)``, in nats, without gradient."""
-        if self.kind == "model":
-            logprobs = self.model(batch).logprobs
-        else:
-            (policy,) = self._policy
-            with self._role(policy):
-                logprobs = policy(batch).logprobs
-        return sum_by_sequence(logprobs, batch.target_lengths)
+        return sum_by_sequence(self.logprobs(batch), batch.target_lengths)
 
 
 def reference_kind(policy: LanguageModel) -> ReferenceKind:

@@ -2,12 +2,10 @@ import copy
 import random
 
 import lightning as L
-import pytest
 import torch
 
 from lightning_rlhf.data.packing import PromptGroup
-from tests.models.families import VOCABULARY, tiny
-from tests.tokenizers import letters
+from tests.models.families import VOCABULARY
 
 
 def random_groups(count, num_completions, seed=0):
@@ -42,16 +40,6 @@ def away_from(model, seed=1, scale=0.02):
         for p in other.parameters():
             p += scale * torch.randn(p.shape, generator=generator)
     return other
-
-
-@pytest.fixture
-def tokenizer():
-    return letters()
-
-
-@pytest.fixture
-def llama():
-    return tiny("LlamaConfig")
 
 
 class Gradients(L.Callback):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 
 import lightning as L
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_rlhf.algorithms import DPO, KTO, SFT, Optimization
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.models import LoRA, Policy
+from lightning_rlhf.objectives import BCO
 from tests.algorithms.conftest import Gradients, away_from, labelled, random_groups
 from tests.models.families import tiny
 
@@ -19,7 +21,13 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
     torch.manual_seed(0)
     policy = Policy(model_dir, lora=LoRA(r=2, init="gaussian") if lora == "lora" else None)
     settings = Optimization(name="sgd", lr=1e-2, schedule="constant")
-    module = {"SFT": SFT, "DPO": DPO, "KTO": KTO}[algorithm](policy, optimization=settings)
+    modules = {
+        "SFT": SFT,
+        "DPO": DPO,
+        "BCO": partial(DPO, objective=BCO(beta=1.0)),
+        "KTO": KTO,
+    }
+    module = modules[algorithm](policy, optimization=settings)
     points: list[torch.Tensor] = []
     if algorithm == "KTO":
         # Another reference than the policy, so that the reference point is not 0 at the first step.

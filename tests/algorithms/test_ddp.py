@@ -25,7 +25,9 @@ def run(algorithm, model_dir, lora, devices, output):
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(devices)]
 
 
-@pytest.mark.parametrize(("algorithm", "lora"), [("SFT", "full"), ("DPO", "lora"), ("KTO", "lora")])
+@pytest.mark.parametrize(
+    ("algorithm", "lora"), [("SFT", "full"), ("DPO", "lora"), ("BCO", "full"), ("KTO", "lora")]
+)
 def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
     (one,) = run(algorithm, llama_dir, lora, 1, tmp_path / "one")
     two = run(algorithm, llama_dir, lora, 2, tmp_path / "two")

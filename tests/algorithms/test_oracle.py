@@ -8,7 +8,7 @@ import torch
 from lightning_rlhf.algorithms import DPO
 from lightning_rlhf.data.packing import PromptGroup, pack
 from lightning_rlhf.functional import sum_by_sequence
-from lightning_rlhf.objectives import Sigmoid
+from lightning_rlhf.objectives import Completions, Pairs, Sigmoid
 from tests.models.families import tiny
 
 BETA = 0.5
@@ -42,7 +42,8 @@ def test_dpo_on_the_full_preference_distribution_reaches_the_tilted_reference(se
     def closure():
         optimizer.zero_grad()
         logps = sum_by_sequence(module.policy(batch).logprobs, batch.target_lengths)
-        losses = module.objective(logps[winner], logps[loser], reference[winner], reference[loser])
+        sides = (Completions(logps[i], batch.target_lengths[i], reference[i]) for i in (winner, loser))
+        losses = module.objective(Pairs(*sides))
         loss = (weights * losses).mean()
         loss.backward()
         return loss

@@ -84,6 +84,7 @@ def ours_in_a_bare_loop(
 ) -> None:
     """The same forward, loss, backward and optimizer without Trainer, hooks and metrics."""
     from lightning_rlhf.functional import sum_by_sequence
+    from lightning_rlhf.objectives import Completions
 
     module = _module(task)
     optimizer = _adamw(module.policy)
@@ -94,7 +95,7 @@ def ours_in_a_bare_loop(
             return -tokens.logprobs.sum()
         logps = sum_by_sequence(tokens.logprobs, batch.target_lengths)
         ref_logps = module.reference(batch)
-        return module.objective(logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2]).sum()
+        return module.objective(Completions(logps, batch.target_lengths, ref_logps).pairs()).sum()
 
     while True:
         batch = next_batch(pack)

@@ -40,7 +40,13 @@ def arguments(sandbox, tmp_path):
             *(RECIPES / "overlays" / f"{o}.yaml" for o in ("tiny", *overlays)),
         ]
         words = [word for path in paths for word in ("--config", path)]
-        return [*words, "--data.train", f"sandbox/{DATA.get(recipe, PREFERENCES)}", "--trainer.max_steps", steps]
+        return [
+            *words,
+            "--data.train",
+            f"sandbox/{DATA.get(recipe, PREFERENCES)}",
+            "--trainer.max_steps",
+            steps,
+        ]
 
     return make
 
@@ -176,3 +182,20 @@ def test_predict_writes_one_line_a_row(program, arguments, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(40))
     assert all(len(line["values"]) == 2 for line in lines)
+
+
+def test_a_weighted_sum_trains_and_says_what_it_needs(program, arguments, tmp_path):
+    parts = [{"class_path": "SimPO"}, {"class_path": "SFTTerm", "init_args": {"average": "sequences"}}]
+    objective = {"class_path": "Weighted", "init_args": {"objectives": parts, "weights": [1.0, 0.3]}}
+    path = tmp_path / "sum.yaml"
+    path.write_text(yaml.safe_dump({"model": {"init_args": {"objective": objective}}}))
+    code, _, error = program("fit", *arguments("simpo"), "--config", path)
+    assert code == 0, error[-2000:]
+    saved = torch.load(checkpoint(tmp_path), weights_only=True)["hyper_parameters"]["objective"]
+    assert [part["class_path"].rsplit(".", 1)[1] for part in saved["init_args"]["objectives"]] == [
+        "SimPO",
+        "SFTTerm",
+    ]
+    code, printed, error = program("doctor", *arguments("simpo"))
+    assert code == 0, error[-2000:]
+    assert "none: SimPO needs none" in printed
