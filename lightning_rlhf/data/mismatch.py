@@ -79,8 +79,8 @@ def _differing(p: Indices, c: Indices, row: int, pool: Indices) -> Indices:
             "needs two prompts or more"
         )
     raise ValueError(
-        f"row {row} has no partner: no row with another prompt has another completion; a reference point needs "
-        "completions that differ between prompts"
+        f"the answer with row_id {row} has no partner: no row with another prompt has another completion; a "
+        "reference point needs completions that differ between prompts"
     )
 
 

@@ -76,6 +76,9 @@ def complete_unpaired(
     count, desirable = len(rows), int(sum(rows["label"]))
     note = f"{desirable:,} desirable and {count - desirable:,} undesirable answers"
     if mismatched:
-        rows = with_mismatched(rows, max_length=max_length, seed=seed)
+        try:
+            rows = with_mismatched(rows, max_length=max_length, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"{report.name}: {error}") from None
     tokens = int(rows.with_format("numpy")["num_tokens"][:].sum())
     return rows, replace(report, notes=(*report.notes, note), tokens=tokens)

@@ -34,6 +34,7 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
         module = KTO(
             policy, optimization=settings, reference=other_model(f"{output}.reference.{os.getpid()}")
         )
+        torch.manual_seed(0)  # making that model drew random numbers, and adapters are drawn later
         point = module.reference_point
         module.reference_point = lambda *logps: points.append(point(*logps)) or points[-1]
     seen = Gradients()

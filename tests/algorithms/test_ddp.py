@@ -38,7 +38,7 @@ def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
         assert rank["metrics"] == two[0]["metrics"]
     if algorithm == "KTO":  # its reference point is that of all rows, on both ranks
         assert two[0]["points"] == two[1]["points"]
-        assert torch.stack(one["points"]).min() > 1e-2
+        assert one["points"][1] > 1e-2  # at the first step, after the sanity check of validation
         torch.testing.assert_close(two[0]["points"], one["points"])
     assert torch.equal(two[0]["weights"], two[1]["weights"])  # every adapter is equal on both ranks
     assert two[0]["metrics"].keys() == one["metrics"].keys()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightning_rlhf.algorithms import DPO, SFT, Optimization
-from lightning_rlhf.data import PreferenceDataModule, SFTDataModule, load_rows
+from lightning_rlhf.algorithms import DPO, KTO, SFT, Optimization
+from lightning_rlhf.data import PreferenceDataModule, SFTDataModule, UnpairedDataModule, load_rows
 
 
 def test_sft_lowers_the_perplexity_of_held_out_stories(assets, trainer):
@@ -25,3 +25,13 @@ def test_dpo_accuracy_rises_on_real_pairs(assets, trainer):
     run = trainer(max_epochs=6)
     run.fit(module, datamodule=data)
     assert run.callback_metrics["train/rewards/accuracies"] > 0.8
+
+
+def test_kto_margins_rise_on_real_pairs_that_were_unpaired(assets, trainer):
+    pairs = load_rows(str(assets / "preferences/hh_helpful_train.jsonl.gz")).select(range(8))
+    data = UnpairedDataModule(pairs, batch_size=16, max_length=256, max_prompt_length=128)
+    module = KTO(str(assets / "stories260K-hf"), optimization=Optimization(lr=1e-3))
+    run = trainer(max_epochs=6)
+    run.fit(module, datamodule=data)
+    assert run.callback_metrics["train/rewards/margins"] > 0.5
+    assert run.callback_metrics["train/loss"] < 0.48

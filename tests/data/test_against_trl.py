@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from lightning_rlhf.data import load_rows, tokenize_preference, tokenize_sft
+from lightning_rlhf.data import load_rows, tokenize_preference, tokenize_sft, tokenize_unpaired
 from tests.data.conftest import MARKED, make_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -30,9 +30,11 @@ def by_trl(trainer, rows, tokenizer, **settings):
     bare.chat_template = None
     bare.completion_only_loss = False
     bare.assistant_only_loss = settings.get("assistant_only_loss", False)
-    config = {trl.DPOTrainer: trl.DPOConfig, trl.SFTTrainer: trl.SFTConfig}[trainer]
+    bare.calculate_KL = False
+    configs = {trl.DPOTrainer: trl.DPOConfig, trl.SFTTrainer: trl.SFTConfig, trl.KTOTrainer: trl.KTOConfig}
+    config = configs[trainer]
     args = config(output_dir="unused", report_to=[], use_cpu=True, bf16=False, max_length=None, **settings)
-    if trainer is trl.DPOTrainer:
+    if trainer is not trl.SFTTrainer:
         return bare._prepare_dataset(rows, tokenizer, args, "train")
     return bare._prepare_dataset(rows, tokenizer, args, False, None, "train")
 
@@ -61,6 +63,31 @@ def test_preference_of_real_dialogue(assets):
             other["chosen_ids"],
             other["rejected_ids"],
         ]
+
+
+@pytest.mark.parametrize("rows", [PLAIN, CHAT * 2], ids=["plain", "chat"])
+@pytest.mark.parametrize("form", ["labelled", "pairs", "implicit"])
+def test_unpaired(rows, form):
+    tokenizer = make_tokenizer(chat_template=MARKED)
+    if form == "labelled":
+        rows = [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+            for row in rows
+            for name in ("chosen", "rejected")
+        ]
+    if form == "implicit":
+        rows = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    data = Dataset.from_list(rows)
+    if form == "implicit" and rows[0]["chosen"][0] == "t":
+        data = data.select(
+            [0]
+        )  # where the common prefix ends inside a word, ours is cut back to its beginning
+    ours = tokenize_unpaired(data, tokenizer, mismatched=False)[0]
+    theirs = by_trl(trl.KTOTrainer, data, tokenizer)
+    # TRL puts all chosen answers of a batch before all rejected ones.
+    key = lambda row: (row["prompt_ids"], row["completion_ids"], row["label"])  # noqa: E731
+    found = [{**row, "completion_ids": row["completion_ids"][0], "label": row["label"] == 1} for row in ours]
+    assert sorted(map(key, found)) == sorted(map(key, theirs))
 
 
 def test_prompt_completion():

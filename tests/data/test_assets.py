@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lightning_rlhf.data import PreferenceDataModule, SFTDataModule
+from lightning_rlhf.data import PreferenceDataModule, SFTDataModule, UnpairedDataModule
 
 
 @pytest.fixture
@@ -60,3 +60,18 @@ def test_worked_answers_by_renamed_columns(assets, gpt2):
     assert "####" in gpt2.decode(datamodule.datasets["train"][0]["completion_ids"][0])
     with pytest.raises(ValueError, match="has the columns .*question, answer.* a datamodule's columns="):
         SFTDataModule(str(assets / "sft" / "gsm8k_test.jsonl.gz"), tokenizer=gpt2).setup("fit")
+
+
+def test_answers_of_real_dialogue_never_stand_beside_their_own(assets, gpt2):
+    path = str(assets / "preferences" / "hh_helpful_test.jsonl.gz")
+    datamodule = UnpairedDataModule(path, tokenizer=gpt2, on_bad_row="drop", max_prompt_length=512)
+    datamodule.setup("fit")
+    rows = datamodule.datasets["train"].to_list()
+    own = [tuple(row["completion_ids"][0]) for row in rows]
+    answers = {}
+    for row, answer in zip(rows, own, strict=True):
+        answers.setdefault(tuple(row["prompt_ids"]), set()).add(answer)
+    for row in rows:
+        mismatched = tuple(row["completion_ids"][1])
+        assert mismatched not in answers[tuple(row["prompt_ids"])]
+        assert len(row["prompt_ids"]) + len(mismatched) <= 1024

@@ -143,7 +143,7 @@ def test_labels_of_one_kind_are_refused_with_their_number(tokenizer, labels):
 
 
 def test_one_prompt_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match="all 2 rows have the same prompt"):
+    with pytest.raises(ValueError, match="the Dataset: all 2 rows have the same prompt"):
         tokenize_unpaired(rows(True, False, prompt=["a", "a"]), tokenizer)
 
 
