@@ -104,9 +104,11 @@ def recognise(columns: Sequence[str], task: Task, name: str = "the data") -> tup
 
 
 def _suggestion(columns: Sequence[str], task: Task) -> str:
-    for other, formats in FORMATS.items():
-        if other != task and any(set(wanted) <= set(columns) for wanted in formats):
-            return f" These are the columns of {NAMES[other]}: use {DATAMODULES[other]}"
+    fitting = [
+        other for other, formats in FORMATS.items() if any(set(one) <= set(columns) for one in formats)
+    ]
+    if fitting and task not in fitting:
+        return f" These are the columns of {NAMES[fitting[0]]}: use {DATAMODULES[fitting[0]]}"
     known = {column for wanted in FORMATS[task] for column in wanted} - set(columns)
     for column, meant in _misspelt(columns, known, PERHAPS):
         return f" Is {column!r} a misspelling of {meant!r}? Rename it"

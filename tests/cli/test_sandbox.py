@@ -1,19 +1,22 @@
 """`lightning-rlhf sandbox` as a whole, at its real size."""
 
 import json
+from inspect import signature
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_rlhf.cli.main import main
 from lightning_rlhf.data import PreferenceDataModule, SFTDataModule
+from lightning_rlhf.sandbox import create_sandbox
 
+COUNTS = {name: parameter.default for name, parameter in signature(create_sandbox).parameters.items()}
 ROWS = {
-    "sft_train": (24_000, {"prompt", "completion"}),
-    "sft_val": (512, {"prompt", "completion"}),
-    "preferences_train": (3_400, {"prompt", "chosen", "rejected"}),
-    "preferences_val": (512, {"prompt", "chosen", "rejected"}),
-    "prompts_val": (512, {"prompt"}),
+    "sft_train": (COUNTS["num_demonstrations"], {"prompt", "completion"}),
+    "sft_val": (COUNTS["num_val"], {"prompt", "completion"}),
+    "preferences_train": (COUNTS["num_pairs"], {"prompt", "chosen", "rejected"}),
+    "preferences_val": (COUNTS["num_val"], {"prompt", "chosen", "rejected"}),
+    "prompts_val": (COUNTS["num_val"], {"prompt"}),
 }
 
 
@@ -50,7 +53,7 @@ def test_it_writes_a_model_and_data_that_the_modules_read(written):
         PreferenceDataModule(str(written / "preferences_val.jsonl"), tokenizer=tokenizer),
     ):
         datamodule.setup("fit")
-        assert len(datamodule.datasets["train"]) == 512
+        assert len(datamodule.datasets["train"]) == COUNTS["num_val"]
         assert datamodule.report["train"].dropped == {}
 
 
