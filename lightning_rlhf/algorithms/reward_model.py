@@ -291,6 +291,11 @@ def group_sizes(batch: PackedBatch) -> list[int]:
     Raises:
         ValueError: If a prompt has fewer than two: there is nothing to compare.
     """
+    if "label" in batch.extras:
+        raise ValueError(
+            "a reward model compares completions of one prompt, and these are labelled one by one: use "
+            "PreferenceDataModule"
+        )
     for row, lengths in zip(batch.row_ids, batch.completion_lengths, strict=True):
         if len(lengths) < 2:
             raise ValueError(

@@ -320,6 +320,12 @@ def test_a_single_completion_is_refused():
         reward_model().losses(pack([PromptGroup([5], [[6]], row_id=7)]), "train")
 
 
+def test_labelled_answers_are_refused():
+    labelled = PromptGroup([5], [[6], [7]], extras={"label": 1.0})
+    with pytest.raises(ValueError, match="these are labelled one by one: use PreferenceDataModule"):
+        reward_model().losses(pack([labelled]), "train")
+
+
 def test_dropout_is_off_and_the_vocabulary_head_is_not_trained(llama_dir):
     model = tiny("LlamaConfig")
     model.config.attention_dropout = 0.5
