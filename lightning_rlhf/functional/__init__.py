@@ -4,17 +4,30 @@ Losses return one value per pair, sequence or token; whoever calls them reduces.
 reduce, say so by their names.
 """
 
+from lightning_rlhf.functional.advantages import gae, grpo_advantages, reinforce_advantages, rloo_advantages
 from lightning_rlhf.functional.annotators import agreement, cohen_kappa
+from lightning_rlhf.functional.best_of_n import best_of_n_expectation, best_of_n_kl
 from lightning_rlhf.functional.calibration import ReliabilityCurve, calibration_error, reliability_curve
 from lightning_rlhf.functional.intervals import wilson_interval
 from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
+from lightning_rlhf.functional.kl_control import adaptive_kl_coef
 from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
 from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy
-from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_logprobs
+from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_kl, token_logprobs
 from lightning_rlhf.functional.masking import masked_mean, masked_var, masked_whiten
 from lightning_rlhf.functional.moments import mean_and_std
+from lightning_rlhf.functional.ppo import (
+    approx_kl,
+    clip_fraction,
+    ppo_policy_loss,
+    ppo_value_loss,
+    ratio,
+    truncated_importance_weights,
+    value_clip_fraction,
+)
 from lightning_rlhf.functional.preference import dpo_loss, implicit_rewards, pairwise_accuracy
+from lightning_rlhf.functional.ragged import pad_by_sequence, unpad
 from lightning_rlhf.functional.ranking import (
     Comparisons,
     bradley_terry_loss,
@@ -23,21 +36,30 @@ from lightning_rlhf.functional.ranking import (
     ensemble_uncertainty_weighted,
     ensemble_worst_case,
 )
+from lightning_rlhf.functional.rewards import apply_missing_eos_penalty, token_rewards
 
 __all__ = [
     "Comparisons",
     "ReliabilityCurve",
     "TokenLogprobs",
+    "adaptive_kl_coef",
     "agreement",
     "apo_zero_unpaired_loss",
+    "apply_missing_eos_penalty",
+    "approx_kl",
+    "best_of_n_expectation",
+    "best_of_n_kl",
     "bradley_terry_loss",
     "calibration_error",
+    "clip_fraction",
     "cohen_kappa",
     "comparisons",
     "dpo_loss",
     "ensemble_mean",
     "ensemble_uncertainty_weighted",
     "ensemble_worst_case",
+    "gae",
+    "grpo_advantages",
     "implicit_rewards",
     "kl_k1",
     "kl_k2",
@@ -50,11 +72,22 @@ __all__ = [
     "masked_var",
     "masked_whiten",
     "mean_and_std",
+    "pad_by_sequence",
     "pairwise_accuracy",
     "perplexity",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "ratio",
+    "reinforce_advantages",
     "reliability_curve",
+    "rloo_advantages",
     "sft_loss",
     "sum_by_sequence",
+    "token_kl",
     "token_logprobs",
+    "token_rewards",
+    "truncated_importance_weights",
+    "unpad",
+    "value_clip_fraction",
     "wilson_interval",
 ]
