@@ -10,7 +10,7 @@ from lightning_rlhf.data.annotations import read_label, read_margin, read_ranks
 from lightning_rlhf.data.prompts import Text, split_prompt
 from lightning_rlhf.data.report import BadRow
 
-Task = Literal["sft", "preference", "unpaired"]
+Task = Literal["sft", "preference", "unpaired", "prompt"]
 
 PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 # The columns that make up each format, in the order in which they are looked for.
@@ -18,16 +18,19 @@ FORMATS: dict[Task, tuple[tuple[str, ...], ...]] = {
     "preference": (*PAIRS, ("prompt", "completions")),
     "unpaired": (("prompt", "completion", "label"), *PAIRS),
     "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
+    "prompt": (("prompt",), ("chosen", "rejected")),
 }
 NAMES = {
     "sft": "supervised fine-tuning",
     "preference": "preference data",
     "unpaired": "unpaired preference data",
+    "prompt": "prompts",
 }
 DATAMODULES = {
     "sft": "SFTDataModule",
     "preference": "PreferenceDataModule",
     "unpaired": "UnpairedDataModule",
+    "prompt": "PromptDataModule",
 }
 ROLES = {
     "human": "user",
@@ -44,7 +47,8 @@ class Example:
 
     Attributes:
         prompt: Text or messages; empty where there is none.
-        completions: Of the same kind as the prompt, the best first. For language modelling, one, the whole text.
+        completions: Of the same kind as the prompt, the best first. For language modelling, one, the whole text. None
+            where there are prompts only.
         whole: Whether it is language modelling: nothing says where the prompt ends.
         tools: Descriptions of functions, for the chat template.
         template_kwargs: More for the chat template.
@@ -63,7 +67,7 @@ class Example:
     @property
     def conversational(self) -> bool:
         """Whether it holds messages, which need a chat template."""
-        return isinstance(self.completions[0], list)
+        return isinstance((*self.completions, self.prompt)[0], list)
 
 
 def recognise(columns: Sequence[str], task: Task, name: str = "the data") -> tuple[str, ...]:
@@ -100,7 +104,12 @@ def recognise(columns: Sequence[str], task: Task, name: str = "the data") -> tup
 
 def _suggestion(columns: Sequence[str], task: Task) -> str:
     for other, formats in FORMATS.items():
-        if other != task and any(set(wanted) <= set(columns) for wanted in formats):
+        # Nearly all data has prompts, and may be meant for another task with a column misspelt.
+        if (
+            "prompt" not in (task, other)
+            and other != task
+            and any(set(wanted) <= set(columns) for wanted in formats)
+        ):
             return f" These are the columns of {NAMES[other]}: use {DATAMODULES[other]}"
     known = {column for wanted in FORMATS[task] for column in wanted} - set(columns)
     for column in columns:
