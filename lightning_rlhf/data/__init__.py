@@ -3,6 +3,9 @@
 from lightning_rlhf.data.collate import PackCollator
 from lightning_rlhf.data.datamodules import PreferenceDataModule, SFTDataModule, UnpairedDataModule
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
+from lightning_rlhf.data.prompt_batch import PromptBatch, PromptCollator
+from lightning_rlhf.data.prompt_datamodule import PromptDataModule
+from lightning_rlhf.data.prompt_only import tokenize_prompts
 from lightning_rlhf.data.report import SplitReport
 from lightning_rlhf.data.sampler import GroupBatchSampler
 from lightning_rlhf.data.sources import load_rows
@@ -14,6 +17,9 @@ __all__ = [
     "PackCollator",
     "PackedBatch",
     "PreferenceDataModule",
+    "PromptBatch",
+    "PromptCollator",
+    "PromptDataModule",
     "PromptGroup",
     "SFTDataModule",
     "SplitReport",
@@ -21,6 +27,7 @@ __all__ = [
     "load_rows",
     "pack",
     "tokenize_preference",
+    "tokenize_prompts",
     "tokenize_sft",
     "tokenize_unpaired",
 ]

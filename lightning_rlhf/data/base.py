@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_rlhf.data.collate import PackCollator
 from lightning_rlhf.data.formats import Task, recognise
-from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.data.prompt_batch import PromptCollator
 from lightning_rlhf.data.report import SplitReport
 from lightning_rlhf.data.sampler import GroupBatchSampler
 from lightning_rlhf.data.sources import describe, load_rows, rename_columns
@@ -23,7 +23,7 @@ from lightning_rlhf.data.tokenized import Job, OnBadRow, fingerprint, tokenize
 
 SPLITS = ("train", "val", "test", "predict")
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-Loader = DataLoader[PackedBatch] | list[Any]
+Loader = DataLoader[Any] | list[Any]
 
 
 class GroupDataModule(L.LightningDataModule):
@@ -35,6 +35,7 @@ class GroupDataModule(L.LightningDataModule):
     """
 
     task: Task = "sft"
+    collator: PackCollator | PromptCollator = PackCollator()
 
     def __init__(
         self,
@@ -131,16 +132,14 @@ class GroupDataModule(L.LightningDataModule):
         rows = rename_columns(rows, self.columns, name)
         columns = recognise(rows.column_names, self.task, name)
         chosen = self._share(split, len(rows))
-        job = Job(
-            self.task,
-            Encoder(self.tokenizer, self.limits, self.loss_on),
-            columns,
-            self.on_bad_row,
-            name,
-            chosen,
-        )
+        encoder = Encoder(self.tokenizer, self.limits, self.loss_on)
+        job = self.job(rows, Job(self.task, encoder, columns, self.on_bad_row, name, chosen))
         made = tokenize(rows if chosen is None else rows.select(chosen), job, num_proc=self.num_proc)
         return self.complete(*made, split)
+
+    def job(self, rows: Dataset, job: Job) -> Job:
+        """What a datamodule does to each row instead; nothing else by default."""
+        return job
 
     def complete(self, rows: Dataset, report: SplitReport, split: str) -> tuple[Dataset, SplitReport]:
         """What a datamodule does with the tokenised rows of a split; nothing by default."""
@@ -171,7 +170,7 @@ class GroupDataModule(L.LightningDataModule):
             lengths, batch_size=batch_size or self.batch_size, max_tokens=max_tokens, **how
         )
 
-    def evaluation_loader(self, split: str, batch_size: int | None = None) -> "DataLoader[PackedBatch]":
+    def evaluation_loader(self, split: str, batch_size: int | None = None) -> "DataLoader[Any]":
         """Every row of a split once and in order, the same in every process.
 
         Args:
@@ -186,7 +185,7 @@ class GroupDataModule(L.LightningDataModule):
             self.datasets[split],
             batch_size=None,
             sampler=sampler,
-            collate_fn=PackCollator(),
+            collate_fn=self.collator,
             generator=self._generator(),
         )
 
@@ -203,7 +202,7 @@ class GroupDataModule(L.LightningDataModule):
             return []
         trainer = self.trainer
         common: dict[str, Any] = {
-            "collate_fn": PackCollator(),
+            "collate_fn": self.collator,
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
             "generator": self._generator(),

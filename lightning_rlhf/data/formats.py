@@ -10,7 +10,7 @@ from lightning_rlhf.data.annotations import read_label, read_margin, read_ranks
 from lightning_rlhf.data.prompts import Text, split_prompt
 from lightning_rlhf.data.report import BadRow
 
-Task = Literal["sft", "preference", "unpaired"]
+Task = Literal["sft", "preference", "unpaired", "prompt"]
 
 PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 # The columns that make up each format, in the order in which they are looked for.
@@ -18,6 +18,7 @@ FORMATS: dict[Task, tuple[tuple[str, ...], ...]] = {
     "preference": (*PAIRS, ("prompt", "completions")),
     "unpaired": (("prompt", "completion", "label"), *PAIRS),
     "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
+    "prompt": (("prompt",), ("chosen", "rejected")),
 }
 # How alike two names of columns are that may be, and that must be, one misspelt: prompt_id is no prompt, propmt is.
 PERHAPS, SURELY = 0.7, 0.82
@@ -25,11 +26,13 @@ NAMES = {
     "sft": "supervised fine-tuning",
     "preference": "preference data",
     "unpaired": "unpaired preference data",
+    "prompt": "prompts",
 }
 DATAMODULES = {
     "sft": "SFTDataModule",
     "preference": "PreferenceDataModule",
     "unpaired": "UnpairedDataModule",
+    "prompt": "PromptDataModule",
 }
 ROLES = {
     "human": "user",
@@ -46,7 +49,8 @@ class Example:
 
     Attributes:
         prompt: Text or messages; empty where there is none.
-        completions: Of the same kind as the prompt, the best first. For language modelling, one, the whole text.
+        completions: Of the same kind as the prompt, the best first. For language modelling, one, the whole text. None
+            where there are prompts only.
         whole: Whether it is language modelling: nothing says where the prompt ends.
         tools: Descriptions of functions, for the chat template.
         template_kwargs: More for the chat template.
@@ -65,7 +69,7 @@ class Example:
     @property
     def conversational(self) -> bool:
         """Whether it holds messages, which need a chat template."""
-        return isinstance(self.completions[0], list)
+        return isinstance((*self.completions, self.prompt)[0], list)
 
 
 def recognise(columns: Sequence[str], task: Task, name: str = "the data") -> tuple[str, ...]:
@@ -104,10 +108,13 @@ def recognise(columns: Sequence[str], task: Task, name: str = "the data") -> tup
 
 
 def _suggestion(columns: Sequence[str], task: Task) -> str:
+    # Nearly all data has prompts, and may be meant for another task with a column misspelt.
     fitting = [
-        other for other, formats in FORMATS.items() if any(set(one) <= set(columns) for one in formats)
+        other
+        for other, formats in FORMATS.items()
+        if other != "prompt" and any(set(one) <= set(columns) for one in formats)
     ]
-    if fitting and task not in fitting:
+    if fitting and task not in (*fitting, "prompt"):
         return f" These are the columns of {NAMES[fitting[0]]}: use {DATAMODULES[fitting[0]]}"
     known = {column for wanted in FORMATS[task] for column in wanted} - set(columns)
     for column, meant in _misspelt(columns, known, PERHAPS):

@@ -110,6 +110,24 @@ class Encoder:
         tokens = replace(tokens, extras=example.extras, ranks=example.ranks)
         return truncate(tokens, self.limits, keep=self._kept(tokens.prompt))
 
+    def prompt(self, example: Example) -> tuple[Tokens, str]:
+        """Token ids of a prompt that is to be answered, within the limits, and the text that they stand for.
+
+        Raises:
+            BadRow: If it is empty and no start token can stand for it, or too long.
+            ValueError: If the tokenizer has no chat template and needs one.
+        """
+        text = self.template.prompt_and_whole(example)[0] if example.conversational else str(example.prompt)
+        ids = ([] if example.conversational else self.prefix) + self._ids(text)
+        start = self.tokenizer.bos_token_id
+        if not ids and start is None:
+            raise BadRow(
+                "empty prompt",
+                "column 'prompt' is empty, and the tokenizer has no BOS token to stand for it; give a prompt",
+            )
+        tokens = Tokens(ids or [start], [])
+        return truncate(tokens, self.limits, keep=self._kept(tokens.prompt)), text
+
     def _kept(self, prompt: Sequence[int]) -> int:
         if prompt and prompt[0] == self.tokenizer.bos_token_id:
             return 1

@@ -151,7 +151,7 @@ class Job:
         try:
             if isinstance(examples, BadRow):
                 raise examples
-            return [self._record(self.encoder(example), at) for example in examples]
+            return [self._record(example, at) for example in examples]
         except BadRow as problem:
             if self.on_bad_row == "error":
                 raise ValueError(
@@ -160,9 +160,13 @@ class Job:
                 ) from None
             return [{**DROPPED, "source_row": at, "problem": problem.reason}]
 
-    def _record(self, tokens: Tokens, at: int) -> dict[str, Any]:
+    def _record(self, example: Example, at: int) -> dict[str, Any]:
+        tokens = self.encoder(example)
         ranks = {} if tokens.ranks is None else {"ranks": list(tokens.ranks)}
-        return {**_columns(tokens), "source_row": at, "problem": "", **tokens.extras, **ranks}
+        return {**self._row(tokens, at), **tokens.extras, **ranks}
+
+    def _row(self, tokens: Tokens, at: int) -> dict[str, Any]:
+        return {**_columns(tokens), "source_row": at, "problem": ""}
 
     def extras(self, columns: Iterable[str]) -> dict[str, Any]:
         """Columns of numbers that travel along, and their types."""

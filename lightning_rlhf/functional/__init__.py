@@ -4,16 +4,19 @@ Losses return one value per pair, sequence or token; whoever calls them reduces.
 reduce, say so by their names.
 """
 
+from lightning_rlhf.functional.advantages import gae, grpo_advantages, reinforce_advantages, rloo_advantages
 from lightning_rlhf.functional.annotators import agreement, cohen_kappa
+from lightning_rlhf.functional.best_of_n import best_of_n_expectation, best_of_n_kl
 from lightning_rlhf.functional.calibration import ReliabilityCurve, calibration_error, reliability_curve
 from lightning_rlhf.functional.divergence import divergence_scores
 from lightning_rlhf.functional.intervals import wilson_interval
 from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
+from lightning_rlhf.functional.kl_control import adaptive_kl_coef
 from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
 from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy
 from lightning_rlhf.functional.length_normalized import ipo_loss, length_normalized_dpo_loss
-from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_logprobs
+from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_kl, token_logprobs
 from lightning_rlhf.functional.margin_losses import (
     discopop_loss,
     exo_loss,
@@ -29,12 +32,22 @@ from lightning_rlhf.functional.pointwise_losses import (
     nca_loss,
     sppo_loss,
 )
+from lightning_rlhf.functional.ppo import (
+    approx_kl,
+    clip_fraction,
+    ppo_policy_loss,
+    ppo_value_loss,
+    ratio,
+    truncated_importance_weights,
+    value_clip_fraction,
+)
 from lightning_rlhf.functional.preference import (
     dpo_loss,
     implicit_rewards,
     pairwise_accuracy,
     smoothed_logistic,
 )
+from lightning_rlhf.functional.ragged import pad_by_sequence, unpad
 from lightning_rlhf.functional.ranking import (
     Comparisons,
     bradley_terry_loss,
@@ -50,6 +63,7 @@ from lightning_rlhf.functional.reference_free import (
     sft_term,
     simpo_loss,
 )
+from lightning_rlhf.functional.rewards import apply_missing_eos_penalty, token_rewards
 from lightning_rlhf.functional.sequence_weights import length_desensitized_sum, wpo_weights
 from lightning_rlhf.functional.transport_losses import aot_loss, aot_unpaired_loss
 
@@ -57,15 +71,21 @@ __all__ = [
     "Comparisons",
     "ReliabilityCurve",
     "TokenLogprobs",
+    "adaptive_kl_coef",
     "agreement",
     "aot_loss",
     "aot_unpaired_loss",
     "apo_down_loss",
     "apo_zero_loss",
     "apo_zero_unpaired_loss",
+    "apply_missing_eos_penalty",
+    "approx_kl",
     "bco_loss",
+    "best_of_n_expectation",
+    "best_of_n_kl",
     "bradley_terry_loss",
     "calibration_error",
+    "clip_fraction",
     "cohen_kappa",
     "comparisons",
     "cpo_loss",
@@ -76,6 +96,8 @@ __all__ = [
     "ensemble_uncertainty_weighted",
     "ensemble_worst_case",
     "exo_loss",
+    "gae",
+    "grpo_advantages",
     "hinge_loss",
     "implicit_rewards",
     "ipo_loss",
@@ -95,9 +117,15 @@ __all__ = [
     "mean_and_std",
     "nca_loss",
     "orpo_loss",
+    "pad_by_sequence",
     "pairwise_accuracy",
     "perplexity",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "ratio",
+    "reinforce_advantages",
     "reliability_curve",
+    "rloo_advantages",
     "robust_dpo_loss",
     "sft_loss",
     "sft_term",
@@ -105,7 +133,12 @@ __all__ = [
     "smoothed_logistic",
     "sppo_loss",
     "sum_by_sequence",
+    "token_kl",
     "token_logprobs",
+    "token_rewards",
+    "truncated_importance_weights",
+    "unpad",
+    "value_clip_fraction",
     "wilson_interval",
     "wpo_weights",
 ]

@@ -164,6 +164,59 @@ def _chunk_sizes(count: int, size: int) -> list[int]:
     return [first] * (first > 0 or count == 0) + [size] * (count // size)
 
 
+@torch.no_grad()
+def token_kl(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    ref_hidden: Tensor,
+    ref_head: Callable[[Tensor], Tensor],
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> Tensor:
+    r"""KL(π‖π_ref) at each position with the vocabulary summed out, $\sum_v \pi(v) (\log \pi(v) - \log \pi_{ref}(v))$.
+
+    No estimate, unlike :func:`kl_k1` and its kin, and never negative. Logits of ``chunk_size`` positions exist at a
+    time, of both models; softmax in float32. Without gradient.
+
+    Args:
+        hidden: The policy's hidden states that predict the tokens, ``(M, H)``.
+        head: From the policy's hidden states ``(m, H)`` to its logits ``(m, V)``.
+        ref_hidden: The reference's hidden states at the same positions, ``(M, H')``.
+        ref_head: From those to the reference's logits ``(m, V)``. Called in turn with ``head``: where roles share one
+            module, each has to switch to its own.
+        temperature: Divides the logits of both: the distributions that are sampled from.
+        chunk_size: Positions a chunk.
+
+    Returns:
+        ``(M,)``, float32, in nats.
+
+    Raises:
+        ValueError: If the temperature is not positive or the numbers of positions differ.
+
+    Example:
+        >>> logits, ref_logits = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0986, 0.0]])  # 1/2, 1/2 and 3/4, 1/4
+        >>> token_kl(logits, lambda h: h, ref_logits, lambda h: h)
+        tensor([0.1438])
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if hidden.ndim != 2 or ref_hidden.ndim != 2 or len(hidden) != len(ref_hidden):
+        raise ValueError(
+            f"hidden and ref_hidden must be (M, H) with the same M, got {tuple(hidden.shape)} and "
+            f"{tuple(ref_hidden.shape)}"
+        )
+    found = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    for start in range(0, len(hidden), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        logits, ref_logits = head(hidden[chunk]), ref_head(ref_hidden[chunk])
+        for rows in _row_blocks(logits):
+            logp = (logits[rows].float() / temperature).log_softmax(-1)
+            ref_logp = (ref_logits[rows].float() / temperature).log_softmax(-1)
+            found[chunk][rows] = (logp.exp() * (logp - ref_logp)).sum(-1)
+    return found.clamp_(min=0.0)  # rounding of two distributions that are almost the same
+
+
 def sum_by_sequence(logprobs: Tensor, lengths: Tensor) -> Tensor:
     r"""Sum consecutive tokens into sequences: $\log \pi(y) = \sum_t \log \pi(y_t)$.
 

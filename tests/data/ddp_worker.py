@@ -1,4 +1,4 @@
-"""Trains on two processes and writes down which rows each of them saw: ``ddp_worker.py FOLDER``."""
+"""Trains on two processes and writes down which rows each of them saw: ``ddp_worker.py FOLDER DATAMODULE``."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lightning_rlhf.data import SFTDataModule
+from lightning_rlhf import data
 from tests.data.conftest import make_tokenizer
 
 
@@ -20,7 +20,7 @@ class Recorder(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen["train"].append(batch.row_ids)
-        return (self.weight * batch.targets.float().mean()).sum()
+        return self.weight.sum()
 
     def validation_step(self, batch, batch_idx):
         self.seen["val"].append(batch.row_ids)
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     module = Recorder()
     rows = str(folder / "rows.jsonl")
-    datamodule = SFTDataModule(rows, rows, predict=rows, max_tokens=40, batch_size=4)
+    datamodule = getattr(data, sys.argv[2])(rows, rows, predict=rows, max_tokens=40, batch_size=4)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,

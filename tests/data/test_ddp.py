@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_two_processes_share_the_rows(tmp_path):
+@pytest.mark.parametrize("datamodule", ["SFTDataModule", "PromptDataModule"])
+def test_two_processes_share_the_rows(tmp_path, datamodule):
     rows = [{"prompt": "the sky", "completion": " is" * (1 + i % 7)} for i in range(41)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -19,6 +22,7 @@ def test_two_processes_share_the_rows(tmp_path):
         sys.executable,
         str(ROOT / "tests/data/ddp_worker.py"),
         str(tmp_path),
+        datamodule,
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
