@@ -20,7 +20,7 @@ _HOMES = {
     "Quantization": "lightning_rlhf.models",
     "Sampling": "lightning_rlhf.generation",
 }
-_MODULES = ("callbacks", "functional", "metrics", "objectives", "sandbox")
+_MODULES = ("callbacks", "functional", "metrics", "objectives", "rewards", "sandbox")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "functional",
     "metrics",
     "objectives",
+    "rewards",
     "sandbox",
 ]
 
