@@ -10,7 +10,7 @@ from lightning_rlhf.functional.intervals import wilson_interval
 from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
 from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
-from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy
+from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy, soft_overlong_penalty
 from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_logprobs
 from lightning_rlhf.functional.masking import masked_mean, masked_var, masked_whiten
 from lightning_rlhf.functional.moments import mean_and_std
@@ -54,6 +54,7 @@ __all__ = [
     "perplexity",
     "reliability_curve",
     "sft_loss",
+    "soft_overlong_penalty",
     "sum_by_sequence",
     "token_logprobs",
     "wilson_interval",
