@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -87,15 +88,17 @@ class EndpointReward(Reward):
         """Send the first requests; the result is waited for later."""
         bodies = [self._body(samples.select(chunk)) for chunk in _chunks(len(samples), self.batch_size)]
         pool = ThreadPoolExecutor(self.num_connections, thread_name_prefix="reward-endpoint")
-        answers = [pool.submit(self._scores, *body) for body in bodies]
+        stop = threading.Event()
+        answers = [pool.submit(self._scores, *body, stop) for body in bodies]
         pool.shutdown(wait=False)
 
         def wait() -> Tensor:
             try:
                 return torch.tensor(list(chain.from_iterable(answer.result() for answer in answers)))
             finally:
+                stop.set()  # after an error of one batch the others are not sent, and not tried again
                 for answer in answers:
-                    answer.cancel()  # after an error: what was not begun is not sent
+                    answer.cancel()
 
         return wait
 
@@ -122,7 +125,7 @@ class EndpointReward(Reward):
                 f"the data's columns cannot be sent as JSON ({error}): list those to send in columns"
             ) from error
 
-    def _scores(self, body: bytes, count: int) -> list[float]:
+    def _scores(self, body: bytes, count: int, stop: threading.Event) -> list[float]:
         """The rewards of one batch, after as many attempts as it takes or may take."""
         began = time.monotonic()
         last = ""
@@ -138,10 +141,10 @@ class EndpointReward(Reward):
                     ) from error
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 last = f"{type(error).__name__}: {error}"
-            if attempt < self.max_attempts:
-                time.sleep(next(waits))
+            if attempt < self.max_attempts and stop.wait(next(waits)):
+                break
         raise EndpointError(
-            f"the reward endpoint {self.url} failed {self.max_attempts} times in {time.monotonic() - began:.1f} s; "
+            f"the reward endpoint {self.url} failed {attempt} times in {time.monotonic() - began:.1f} s; "
             f"the last error is {last}. Is it running? timeout, max_attempts and backoff say how long it is waited for"
         )
 
