@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rlhf import functional as RF
-from lightning_rlhf.functional.moments import moments, regression_of_moments
 from lightning_rlhf.rewards import (
     Clip,
     LengthPenalty,
@@ -90,16 +88,6 @@ def test_shapers_are_applied_in_the_order_of_the_list():
     penalised_first = ShapedReward(reward, [LengthPenalty(3.0), Clip(-1.0, 1.0)])
     assert score(clipped_first, samples_of(2)).total.tolist() == [-2.0, -5.0]
     assert score(penalised_first, samples_of(2)).total.tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("buffer", [0, 1, 7, 20])
-def test_the_overlong_penalty_is_trls(buffer):
-    other_rewards = pytest.importorskip("trl.rewards.other_rewards")
-    lengths = list(range(30))
-    ids = [[0] * n for n in lengths]
-    expected = other_rewards.get_soft_overlong_punishment(20, buffer)(completion_ids=ids)
-    ours = RF.soft_overlong_penalty(torch.tensor(lengths), max_length=20, buffer=buffer)
-    assert ours.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_settings_are_checked():
@@ -183,17 +171,6 @@ def test_a_residual_that_cannot_be_fitted_says_so():
         shape(LengthResidual(), [1.0])
     with pytest.raises(RewardError, match="LengthResidual is not fitted yet"):
         shape(LengthResidual().eval(), [1.0, 2.0])
-
-
-def test_a_regression_of_moments():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(50, generator=generator, dtype=torch.float64)
-    y = 2.0 - 3.0 * x + torch.randn(50, generator=generator, dtype=torch.float64)
-    intercept, slope = regression_of_moments(moments(y, x))
-    design = torch.stack([torch.ones_like(x), x], dim=1)
-    expected = torch.linalg.lstsq(design, y).solution
-    torch.testing.assert_close(torch.stack([intercept, slope]), expected)
-    assert regression_of_moments(moments(y, torch.ones(50)))[1].isnan()
 
 
 def test_two_ranks_equal_one(tmp_path):
