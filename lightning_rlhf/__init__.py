@@ -21,7 +21,7 @@ _HOMES = {
     "Quantization": "lightning_rlhf.models",
     "Sampling": "lightning_rlhf.generation",
 }
-_MODULES = ("callbacks", "functional", "metrics", "objectives", "sandbox")
+_MODULES = ("callbacks", "functional", "metrics", "objectives", "rewards", "sandbox")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "functional",
     "metrics",
     "objectives",
+    "rewards",
     "sandbox",
 ]
 

@@ -14,7 +14,7 @@ from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
 from lightning_rlhf.functional.kl_control import adaptive_kl_coef
 from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
-from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy
+from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy, soft_overlong_penalty
 from lightning_rlhf.functional.length_normalized import ipo_loss, length_normalized_dpo_loss
 from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_kl, token_logprobs
 from lightning_rlhf.functional.margin_losses import (
@@ -131,6 +131,7 @@ __all__ = [
     "sft_term",
     "simpo_loss",
     "smoothed_logistic",
+    "soft_overlong_penalty",
     "sppo_loss",
     "sum_by_sequence",
     "token_kl",

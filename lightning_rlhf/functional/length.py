@@ -6,7 +6,7 @@ from lightning_rlhf.functional.checks import require_finite, require_same_shape
 from lightning_rlhf.functional.moments import correlation_of_moments, moments
 from lightning_rlhf.functional.preference import pairwise_accuracy
 
-__all__ = ["length_correlation", "longer_wins_accuracy"]
+__all__ = ["length_correlation", "longer_wins_accuracy", "soft_overlong_penalty"]
 
 
 def length_correlation(rewards: Tensor, lengths: Tensor) -> Tensor:
@@ -58,3 +58,31 @@ def longer_wins_accuracy(chosen_lengths: Tensor, rejected_lengths: Tensor) -> Te
     """
     require_same_shape("chosen_lengths", chosen_lengths, "rejected_lengths", rejected_lengths)
     return pairwise_accuracy(chosen_lengths, rejected_lengths)
+
+
+def soft_overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
+    r"""DAPO's penalty of overlong completions, which begins before the limit.
+
+    0 for $|y| \le L - B$, then $\frac{(L - B) - |y|}{B}$ down to −1 at L, and −1 beyond: equation 13 of Yu et al.
+    (2025), "DAPO: An Open-Source LLM Reinforcement Learning System at Scale".
+
+    Args:
+        lengths: Of completions, in tokens, ``(N,)``.
+        max_length: L, in tokens.
+        buffer: B, the tokens before L on which the penalty grows; 0 for a step at L.
+
+    Returns:
+        One penalty per completion in [−1, 0], ``(N,)``, float32, to be added to its reward.
+
+    Raises:
+        ValueError: If ``buffer`` does not lie between 0 and ``max_length``.
+
+    Example:
+        >>> import torch
+        >>> soft_overlong_penalty(torch.tensor([80, 90, 100, 101]), max_length=100, buffer=20)
+        tensor([ 0.0000, -0.5000, -1.0000, -1.0000])
+    """
+    if not 0 <= buffer <= max_length:
+        raise ValueError(f"buffer must lie between 0 and max_length ({max_length}), got {buffer}")
+    beyond = (lengths - (max_length - buffer)).clamp(min=0).float()
+    return 0.0 - ((beyond / buffer).clamp(max=1.0) if buffer else (beyond > 0).float())

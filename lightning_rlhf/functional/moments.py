@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lightning_rlhf.functional.checks import require_finite
 
-__all__ = ["correlation_of_moments", "mean_and_std", "mean_and_std_of_moments", "merge_moments", "moments"]
+__all__ = [
+    "correlation_of_moments",
+    "mean_and_std",
+    "mean_and_std_of_moments",
+    "merge_moments",
+    "moments",
+    "regression_of_moments",
+]
 
 # Relative spread below which values are the same number, rounded: float32 values that differ do so by 1e-7.
 _CONSTANT = 1e-12
@@ -97,6 +104,25 @@ def correlation_of_moments(whole: Tensor) -> Tensor:
     constant = (squares <= counts[0] * (_CONSTANT * means[0]) ** 2).any()
     value = (scatters[0, 0, 1] / squares.sqrt().prod()).clamp(-1.0, 1.0)
     return torch.where(constant, torch.nan, value)
+
+
+def regression_of_moments(whole: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The line through two columns by least squares, $y \approx a + b x$ with $b = S_{xy} / S_{xx}$.
+
+    Args:
+        whole: The moments of y and x, in this order, ``(7,)``.
+
+    Returns:
+        Intercept a and slope b, two scalars, float64; nan below two rows and where x is constant.
+
+    Example:
+        >>> regression_of_moments(moments(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 4.0])))
+        (tensor(1., dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
+    """
+    counts, means, scatters = _split(whole[None])
+    constant = scatters[0, 1, 1] <= counts[0, 0] * (_CONSTANT * means[0, 1]) ** 2
+    slope = torch.where(constant, torch.nan, scatters[0, 0, 1] / scatters[0, 1, 1])
+    return means[0, 0] - slope * means[0, 1], slope
 
 
 def mean_and_std(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ from lightning_rlhf.functional import (
     longer_wins_accuracy,
     mean_and_std,
     reliability_curve,
+    soft_overlong_penalty,
     wilson_interval,
 )
-from lightning_rlhf.functional.moments import merge_moments, moments
+from lightning_rlhf.functional.moments import merge_moments, moments, regression_of_moments
 
 # --- Wilson's interval ---
 
@@ -245,3 +246,27 @@ def test_agreement_refuses(function):
         function(torch.zeros(2).long(), torch.zeros(2))
     with pytest.raises(ValueError, match="labels_b is -1 in row 1, but classes go from 0"):
         function(torch.zeros(2).long(), torch.tensor([0, -1]))
+
+
+# --- what shaping is made of ---
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 7, 20])
+def test_the_overlong_penalty_is_trls(buffer):
+    other_rewards = pytest.importorskip("trl.rewards.other_rewards")
+    lengths = list(range(30))
+    ids = [[0] * n for n in lengths]
+    expected = other_rewards.get_soft_overlong_punishment(20, buffer)(completion_ids=ids)
+    ours = soft_overlong_penalty(torch.tensor(lengths), max_length=20, buffer=buffer)
+    assert ours.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_regression_of_moments():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, generator=generator, dtype=torch.float64)
+    y = 2.0 - 3.0 * x + torch.randn(50, generator=generator, dtype=torch.float64)
+    intercept, slope = regression_of_moments(moments(y, x))
+    design = torch.stack([torch.ones_like(x), x], dim=1)
+    expected = torch.linalg.lstsq(design, y).solution
+    torch.testing.assert_close(torch.stack([intercept, slope]), expected)
+    assert regression_of_moments(moments(y, torch.ones(50)))[1].isnan()
