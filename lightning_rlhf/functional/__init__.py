@@ -16,7 +16,14 @@ from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
 from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy, soft_overlong_penalty
 from lightning_rlhf.functional.length_normalized import ipo_loss, length_normalized_dpo_loss
-from lightning_rlhf.functional.logprobs import TokenLogprobs, sum_by_sequence, token_kl, token_logprobs
+from lightning_rlhf.functional.logprobs import (
+    TokenComparison,
+    TokenLogprobs,
+    compare_logprobs,
+    sum_by_sequence,
+    token_kl,
+    token_logprobs,
+)
 from lightning_rlhf.functional.margin_losses import (
     discopop_loss,
     exo_loss,
@@ -70,7 +77,9 @@ from lightning_rlhf.functional.transport_losses import aot_loss, aot_unpaired_lo
 __all__ = [
     "Comparisons",
     "ReliabilityCurve",
+    "TokenComparison",
     "TokenLogprobs",
+    "compare_logprobs",
     "adaptive_kl_coef",
     "agreement",
     "aot_loss",

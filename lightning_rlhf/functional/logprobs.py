@@ -138,9 +138,8 @@ def token_logprobs(
         )
 
     def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits = head(hidden).float()
         return _LogSoftmaxAt.apply(
-            logits if temperature == 1.0 else logits / temperature, targets, with_entropy, with_collision
+            _tempered(head(hidden), temperature), targets, with_entropy, with_collision
         )
 
     # The backward begins with the last chunk, so that one may keep its logits: the others compute theirs again when
@@ -206,15 +205,91 @@ def token_kl(
             f"hidden and ref_hidden must be (M, H) with the same M, got {tuple(hidden.shape)} and "
             f"{tuple(ref_hidden.shape)}"
         )
-    found = hidden.new_zeros(len(hidden), dtype=torch.float32)
-    for start in range(0, len(hidden), chunk_size):
-        chunk = slice(start, start + chunk_size)
-        logits, ref_logits = head(hidden[chunk]), ref_head(ref_hidden[chunk])
-        for rows in _row_blocks(logits):
-            logp = (logits[rows].float() / temperature).log_softmax(-1)
-            ref_logp = (ref_logits[rows].float() / temperature).log_softmax(-1)
-            found[chunk][rows] = (logp.exp() * (logp - ref_logp)).sum(-1)
+    chunks = zip(hidden.split(chunk_size), ref_hidden.split(chunk_size), strict=True)
+    found = [_kl(head(h).float() / temperature, ref_head(r).float() / temperature) for h, r in chunks]
+    return torch.cat(found)
+
+
+def _kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    found = logits.new_empty(len(logits))
+    for rows in _row_blocks(logits):
+        logp, ref_logp = logits[rows].log_softmax(-1), ref_logits[rows].log_softmax(-1)
+        found[rows] = (logp.exp() * (logp - ref_logp)).sum(-1)
     return found.clamp_(min=0.0)  # rounding of two distributions that are almost the same
+
+
+class TokenComparison(NamedTuple):
+    """What one pass over two vocabularies tells about each token.
+
+    Attributes:
+        logprobs: Log-probability of the token under the policy, ``(M,)``, float32, in nats.
+        ref_logprobs: That under the reference, ``(M,)``.
+        entropy: Of the policy's distribution, ``(M,)``, in nats.
+        kl: KL(π‖π_ref) with the vocabulary summed out, ``(M,)``, in nats, never negative.
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+
+
+@torch.no_grad()
+def compare_logprobs(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    ref_hidden: Tensor,
+    ref_head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> TokenComparison:
+    r"""Log-probabilities of the tokens under two models, entropy, and :func:`token_kl`, from the same logits.
+
+    The policy's numbers are those of :func:`token_logprobs` bit for bit: the same chunks and the same operations. At
+    the first step on these tokens every probability ratio is then exactly 1.
+
+    Args:
+        hidden: The policy's hidden states that predict the tokens, ``(M, H)``.
+        head: From the policy's hidden states to its logits.
+        ref_hidden: The reference's hidden states, ``(M, H')``.
+        ref_head: From those to the reference's logits.
+        targets: Token ids, ``(M,)``.
+        temperature: Divides the logits of both.
+        chunk_size: Positions a chunk.
+
+    Returns:
+        See :class:`TokenComparison`; without gradient.
+
+    Raises:
+        ValueError: If the temperature is not positive or the numbers of positions differ.
+
+    Example:
+        >>> logits, ref_logits = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0986, 0.0]])
+        >>> found = compare_logprobs(logits, lambda h: h, ref_logits, lambda h: h, torch.tensor([0]))
+        >>> found.logprobs, found.ref_logprobs, found.kl
+        (tensor([-0.6931]), tensor([-0.2877]), tensor([0.1438]))
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not len(hidden) == len(ref_hidden) == len(targets):
+        raise ValueError(
+            f"hidden, ref_hidden and targets are of {len(hidden)}, {len(ref_hidden)} and {len(targets)} positions"
+        )
+    sizes = _chunk_sizes(len(hidden), chunk_size)
+    parts = []
+    for h, r, t in zip(hidden.split(sizes), ref_hidden.split(sizes), targets.split(sizes), strict=True):
+        logits, ref_logits = (_tempered(f(x), temperature) for f, x in ((head, h), (ref_head, r)))
+        logprobs, entropy, _, _ = _LogSoftmaxAt.apply(logits, t, True, False)
+        ref_logprobs, *_ = _LogSoftmaxAt.apply(ref_logits, t, False, False)
+        parts.append((logprobs, ref_logprobs, entropy, _kl(logits, ref_logits)))
+    return TokenComparison(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def sum_by_sequence(logprobs: Tensor, lengths: Tensor) -> Tensor:

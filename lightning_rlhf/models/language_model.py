@@ -101,15 +101,38 @@ class LanguageModel(nn.Module):
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
-        return token_logprobs(
+        return self.of_hidden(
             self.hidden_states(batch),
+            batch,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            with_collision=with_collision,
+        )
+
+    def of_hidden(
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        with_collision: bool = False,
+    ) -> TokenLogprobs:
+        """Like :meth:`forward`, of the hidden states that :meth:`hidden_states` gave."""
+        return token_logprobs(
+            hidden,
             self.logits,
             batch.targets,
             temperature=temperature,
             with_entropy=with_entropy,
             with_collision=with_collision,
-            chunk_size=max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size),
+            chunk_size=self.chunk_size,
         )
+
+    @property
+    def chunk_size(self) -> int:
+        """Positions that are projected to the vocabulary at a time."""
+        return max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size)
 
     def hidden_states(self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors") -> Tensor:
         """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion."""

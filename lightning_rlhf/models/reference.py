@@ -1,7 +1,8 @@
 """The reference policy of a KL anchor: explicit, and asserted to equal the policy at step 0."""
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lightning_rlhf.data.packing import PackedBatch
-from lightning_rlhf.functional import sum_by_sequence
+from lightning_rlhf.functional import TokenComparison, compare_logprobs, sum_by_sequence
 from lightning_rlhf.models.adapters import copy_adapter, is_fresh
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import POLICY_ADAPTER
@@ -50,19 +51,53 @@ class Reference(nn.Module):
         elif self.kind == "adapter" and isinstance(policy.model, PeftModel):
             copy_adapter(policy.model, REFERENCE_ADAPTER, trainable=False)
 
-    def _role(self, policy: LanguageModel) -> AbstractContextManager[object]:
-        if self.kind == "policy":
-            return nullcontext()
-        return policy.role(None if self.kind == "base" else REFERENCE_ADAPTER)
+    @contextmanager
+    def active(self) -> Iterator[LanguageModel]:
+        """The language model, in the reference's role."""
+        (policy,) = self._policy
+        if self.kind == "model":
+            yield self.model
+        elif self.kind == "policy":
+            yield policy
+        else:
+            with policy.role(None if self.kind == "base" else REFERENCE_ADAPTER):
+                yield policy
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities of the targets, ``(M,)``, in nats, without gradient."""
-        if self.kind == "model":
-            return self.model(batch).logprobs
+        with self.active() as model:
+            return model(batch).logprobs
+
+    @torch.no_grad()
+    def compare(self, batch: PackedBatch, *, temperature: float = 1.0) -> TokenComparison:
+        """Policy and reference at every target, in one pass over the vocabulary of each, without gradient.
+
+        Args:
+            batch: Prompt groups with completions.
+            temperature: Divides the logits of both.
+
+        Returns:
+            Log-probabilities of both, the policy's entropy, and KL(policy‖reference), each ``(M,)``.
+        """
         (policy,) = self._policy
-        with self._role(policy):
-            return policy(batch).logprobs
+        hidden = policy.hidden_states(batch)
+        with self.active() as reference:
+            ref_hidden = reference.hidden_states(batch)
+
+        def ref_logits(hidden: Tensor) -> Tensor:
+            with self.active() as reference:
+                return reference.logits(hidden)
+
+        return compare_logprobs(
+            hidden,
+            policy.logits,
+            ref_hidden,
+            ref_logits,
+            batch.targets,
+            temperature=temperature,
+            chunk_size=policy.chunk_size,
+        )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities of whole completions, ``(N,)``, in nats, without gradient."""

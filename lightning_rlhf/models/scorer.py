@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_rlhf import functional as RF
@@ -14,12 +15,44 @@ from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.language_model import LanguageModel
 
 
-class ScoreHead(nn.Module):
+class Head(nn.Module):
+    """One number from a hidden state. Its weights stay float32 whatever the precision of the model.
+
+    Args:
+        hidden_size: Of the model.
+        std: Standard deviation of the weights at the start; 0 for a head that starts at 0 everywhere.
+        bias: Whether it has one.
+
+    Example:
+        >>> Head(2, std=0.0, bias=True)(torch.ones(3, 2)).tolist()
+        [0.0, 0.0, 0.0]
+    """
+
+    def __init__(self, hidden_size: int, *, std: float, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
+        if std:
+            nn.init.normal_(self.weight, std=std)
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """One number each, ``(N,)``, of hidden states ``(N, d)``; in float32 under any autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Head":  # noqa: ANN401 - as in nn.Module
+        kept = {name: p.data for name, p in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters():
+            p.data = kept[name].to(p.device)
+        return self
+
+
+class ScoreHead(Head):
     r"""A linear map from a hidden state to a score, $w \cdot h$, without bias: differences are what counts.
 
-    The weights start normal with standard deviation $1/\sqrt{d + 1}$ (Stiennon et al., 2020) and stay float32
-    whatever the precision of the model. The head remembers mean and standard deviation of its scores on reference
-    samples, in float64.
+    The weights start normal with standard deviation $1/\sqrt{d + 1}$ (Stiennon et al., 2020). The head remembers mean
+    and standard deviation of its scores on reference samples, in float64.
 
     Args:
         hidden_size: d.
@@ -35,16 +68,8 @@ class ScoreHead(nn.Module):
     """
 
     def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(1, hidden_size, dtype=torch.float32).normal_(std=1 / math.sqrt(hidden_size + 1))
-        )
+        super().__init__(hidden_size, std=1 / math.sqrt(hidden_size + 1), bias=False)
         self.mean, self.std = 0.0, 1.0
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Raw scores ``(N,)`` of hidden states ``(N, d)``, in float32 under any autocast."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return (hidden.float() @ self.weight.T).squeeze(-1)
 
     def normalized(self, scores: Tensor) -> Tensor:
         """Raw scores in units of the reference samples: mean 0, standard deviation 1 there."""
@@ -75,12 +100,6 @@ class ScoreHead(nn.Module):
     def set_extra_state(self, state: dict[str, float]) -> None:
         """Take the normalisation of a checkpoint."""
         self.mean, self.std = state["mean"], state["std"]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "ScoreHead":  # noqa: ANN401 - as in nn.Module
-        kept = self.weight.data
-        super()._apply(fn, recurse)
-        self.weight.data = kept.to(self.weight.device)
-        return self
 
 
 class Scorer(nn.Module):
