@@ -1,15 +1,26 @@
 """LightningModules, one an algorithm."""
 
 from lightning_rlhf.algorithms.dpo import DPO
+from lightning_rlhf.algorithms.estimators import GAE, GRPO, RLOO, Estimator, Reinforce
+from lightning_rlhf.algorithms.kl_controller import KLControl
 from lightning_rlhf.algorithms.kto import KTO
 from lightning_rlhf.algorithms.optimization import Optimization
+from lightning_rlhf.algorithms.ppo import PPO, Update
 from lightning_rlhf.algorithms.reward_model import RewardModel
 from lightning_rlhf.algorithms.sft import SFT
 
 __all__ = [
     "DPO",
+    "GAE",
+    "GRPO",
     "KTO",
+    "PPO",
+    "RLOO",
     "SFT",
+    "Estimator",
+    "KLControl",
     "Optimization",
+    "Reinforce",
     "RewardModel",
+    "Update",
 ]

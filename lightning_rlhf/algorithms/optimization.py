@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule by name."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,29 +47,35 @@ class Optimization:
             raise ValueError(f"optimization.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
 
 
-def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: Optimization) -> Optimizer:
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    settings: Optimization,
+    rates: Mapping[str, float] | None = None,
+) -> Optimizer:
     """An optimizer over the parameters that require gradients.
 
     Args:
         parameters: Names and parameters.
         settings: See :class:`Optimization`.
+        rates: Other learning rates, by a part of the names that they are for.
 
     Returns:
-        The optimizer, with one group that decays and one that does not.
+        The optimizer; for each rate, one group that decays and one that does not.
 
     Raises:
         ValueError: If nothing is trainable.
     """
-    trainable = [p for _, p in parameters if p.requires_grad]
-    if not trainable:
+    grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            lr = next((rate for part, rate in (rates or {}).items() if part in name), settings.lr)
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            grouped.setdefault((lr, decay), []).append(parameter)
+    if not grouped:
         raise ValueError("no parameter requires a gradient: there is nothing to train")
-    decayed = [p for p in trainable if p.ndim >= 2]
-    plain = [p for p in trainable if p.ndim < 2]
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": several, "lr": lr, "weight_decay": decay} for (lr, decay), several in grouped.items()
     ]
-    groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr)
     if settings.name == "adamw":

@@ -86,12 +86,15 @@ class Referenced(Algorithm):
         self._checked = True
         if self.reference_settings is not None or self.global_step > 0:
             return
-        half = self.trainer.precision not in ("32-true", "64-true") or logps.dtype != torch.float32
-        half = half or any(p.dtype in (torch.bfloat16, torch.float16) for p in self.policy.parameters())
         gap = ((logps - ref_logps).abs() / batch.target_lengths.clamp(min=1)).max().item()
-        if gap > (2e-2 if half else 1e-4):
+        if gap > (2e-2 if self._in_half(logps) else 1e-4):
             raise RuntimeError(
                 f"at step 0 policy and reference differ by {gap:.3g} nats a token (KL should be 0): the reference is "
                 "not the model that the policy starts from. Was the policy changed after the module was built, or is "
                 "the cached reference of other weights (delete cache_dir)?"
             )
+
+    def _in_half(self, computed: Tensor) -> bool:
+        """Whether something was computed in half precision, so that numbers agree to a few hundredths only."""
+        half = self.trainer.precision not in ("32-true", "64-true") or computed.dtype != torch.float32
+        return half or any(p.dtype in (torch.bfloat16, torch.float16) for p in self.policy.parameters())

@@ -16,9 +16,9 @@ from lightning_rlhf.algorithms.base import Algorithm, metric_key, plain
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import CalibrationError, LengthCorrelation, LongerWins, MeanAndStd
-from lightning_rlhf.models import LanguageModel, Policy, load_language_model
+from lightning_rlhf.models import Policy, load_language_model
 from lightning_rlhf.models.adapters import add_adapter, copy_adapter, is_fresh, member_adapter
-from lightning_rlhf.models.language_model import disable_dropout
+from lightning_rlhf.models.language_model import disable_dropout, freeze_vocabulary_head
 from lightning_rlhf.models.loading import POLICY_ADAPTER
 from lightning_rlhf.models.reward_directory import read_head
 from lightning_rlhf.models.scorer import Aggregation, Ensemble, ScoreHead, Scorer
@@ -311,10 +311,3 @@ def ranks(batch: PackedBatch) -> Tensor:
         return batch.ranks
     order = [float(place) for lengths in batch.completion_lengths for place in range(len(lengths))]
     return torch.tensor(order, device=batch.input_ids.device)
-
-
-def freeze_vocabulary_head(model: LanguageModel) -> None:
-    """Take the unused vocabulary projection out of training; where it is the embedding, that is trained as such."""
-    projection = model.causal_lm.get_output_embeddings()
-    if projection.weight is not model.causal_lm.get_input_embeddings().weight:
-        projection.requires_grad_(False)

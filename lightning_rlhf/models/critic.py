@@ -1,40 +1,85 @@
 """The critic: the value of every state of a completion."""
 
-from contextlib import nullcontext
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
+from peft import PeftModel
 from torch import Tensor, nn
 
 from lightning_rlhf.data.packing import PackedBatch
-from lightning_rlhf.models.language_model import LanguageModel
+from lightning_rlhf.models.adapters import add_adapter
+from lightning_rlhf.models.language_model import LanguageModel, disable_dropout, freeze_vocabulary_head
+from lightning_rlhf.models.loading import POLICY_ADAPTER, load_language_model
 from lightning_rlhf.models.scorer import Head
+from lightning_rlhf.models.settings import Policy
 
 VALUE_ADAPTER = "value"
+CriticKind = Literal["adapter", "head", "model"]
 
 
 class Critic(nn.Module):
-    """Values of the states in which the tokens of completions are chosen: a head that starts at 0.
+    """Values of the states in which the tokens of completions are chosen, by a head that starts at 0.
+
+    ===========  ===============================================================================
+    ``adapter``  a LoRA adapter of its own beside the policy's, on the same base
+    ``head``     the policy's own hidden states, which the critic's loss trains as well
+    ``model``    a model of its own, which starts as the policy does
+    ===========  ===============================================================================
 
     Args:
-        model: The language model under the head.
-        adapter: Run with the adapter of this name: the critic then shares the policy's base.
-        owns: Whether the model is a part of this module; else it is only seen.
+        policy: What the values are of, before its first step.
+        kind: By default ``adapter`` where the policy is one, else ``model``.
+        settings: Of the policy, to load a model of the same weights; None for a built one, which is copied.
+
+    Raises:
+        ValueError: If an adapter is asked for beside a policy without one.
     """
 
-    def __init__(self, model: LanguageModel, adapter: str | None = None, *, owns: bool) -> None:
+    def __init__(
+        self, policy: LanguageModel, kind: CriticKind | None = None, settings: Policy | None = None
+    ) -> None:
         super().__init__()
-        self.head = Head(model.config.get_text_config().hidden_size, std=0.0, bias=True)
-        self.adapter = adapter
-        if owns:
-            self.model = model
-        self._seen = (model,)
+        has_adapter = isinstance(policy.model, PeftModel)
+        self.kind: CriticKind = kind or ("adapter" if has_adapter else "model")
+        self.head = Head(policy.config.get_text_config().hidden_size, std=0.0, bias=True)
+        self._policy = (policy,)  # seen, not owned
+        if self.kind == "model":
+            own = copy.deepcopy(policy) if settings is None else load_language_model(settings)
+            disable_dropout(own)
+            freeze_vocabulary_head(own)
+            self.model = own
+        elif self.kind == "adapter":
+            if not isinstance(policy.model, PeftModel):
+                raise ValueError(
+                    "critic 'adapter' shares the base of a policy with LoRA, and this policy has none: choose 'model' "
+                    "or 'head', or give policy.lora"
+                )
+            add_adapter(policy.model, VALUE_ADAPTER, policy.model.peft_config[POLICY_ADAPTER], trainable=True)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """The value before each token that counts is chosen, ``(M,)``, in a forward of its own."""
-        (model,) = self._seen
-        with nullcontext() if self.adapter is None else model.role(self.adapter):
-            return self.of_hidden(model.hidden_states(batch))
+    def _model(self) -> tuple[LanguageModel, AbstractContextManager[Any]]:
+        (policy,) = self._policy
+        if self.kind == "adapter":
+            return policy, policy.role(VALUE_ADAPTER)
+        return (self.model if self.kind == "model" else policy), nullcontext()
 
-    def of_hidden(self, hidden: Tensor) -> Tensor:
-        """Values ``(M,)`` of hidden states ``(M, d)``."""
+    def forward(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
+        """The value before each token that counts is chosen, ``(M,)``.
+
+        Args:
+            batch: Prompts with completions.
+            hidden: The policy's hidden states there, ``(M, d)``; used by the kind ``head`` alone.
+        """
+        if self.kind != "head":
+            model, role = self._model()
+            with role:
+                hidden = model.hidden_states(batch)
         values: Tensor = self.head(hidden)
+        return values
+
+    def at_ends(self, batch: PackedBatch) -> Tensor:
+        """The value after the last token of each completion, ``(N,)``."""
+        model, role = self._model()
+        with role:
+            values: Tensor = self.head(model.hidden_states(batch, at="ends"))
         return values

@@ -24,7 +24,6 @@ from lightning_rlhf.models.loading import (
     model_config,
     trainable_settings,
 )
-from lightning_rlhf.models.reference import REFERENCE_ADAPTER
 from lightning_rlhf.models.settings import Dtype, Policy, changes_base
 
 PREFIX = "policy.model."
@@ -134,12 +133,18 @@ def checkpoint_policy(content: Mapping[str, Any], path: Path) -> Policy:
     return Policy.from_config(values)
 
 
-def policy_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The policy's own weights of a module's state, under the model's own names; other roles are left out."""
+def policy_weights(state: Mapping[str, Tensor], adapter: str = POLICY_ADAPTER) -> dict[str, Tensor]:
+    """The policy's own weights of a module's state, under the model's own names; adapters of other roles are left out.
+
+    Args:
+        state: Of a module.
+        adapter: Which one is wanted; it gets the name of the policy's.
+    """
+    own, kept = f".{adapter}.", f".{POLICY_ADAPTER}."
     return {
-        name.removeprefix(PREFIX): value
+        name.removeprefix(PREFIX).replace(own, kept) if is_adapter(name) else name.removeprefix(PREFIX): value
         for name, value in state.items()
-        if name.startswith(PREFIX) and f".{REFERENCE_ADAPTER}." not in name
+        if name.startswith(PREFIX) and (not is_adapter(name) or own in name)
     }
 
 

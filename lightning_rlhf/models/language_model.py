@@ -252,3 +252,14 @@ def disable_dropout(module: nn.Module) -> None:
         for name in ("attention_dropout", "dropout", "activation_dropout", "resid_dropout", "embd_dropout"):
             if isinstance(child.__dict__.get(name), float):
                 setattr(child, name, 0.0)
+
+
+def freeze_vocabulary_head(model: LanguageModel) -> None:
+    """Take an unused vocabulary projection out of training; where it is the embedding, that is trained as such.
+
+    Args:
+        model: Changed in place.
+    """
+    projection = model.causal_lm.get_output_embeddings()
+    if projection.weight is not model.causal_lm.get_input_embeddings().weight:
+        projection.requires_grad_(False)

@@ -70,10 +70,11 @@ class Reference(nn.Module):
             return model(batch).logprobs
 
     @torch.no_grad()
-    def compare(self, batch: PackedBatch, *, temperature: float = 1.0) -> TokenComparison:
+    def compare(self, hidden: Tensor, batch: PackedBatch, *, temperature: float = 1.0) -> TokenComparison:
         """Policy and reference at every target, in one pass over the vocabulary of each, without gradient.
 
         Args:
+            hidden: The policy's :meth:`~LanguageModel.hidden_states`, ``(M, d)``.
             batch: Prompt groups with completions.
             temperature: Divides the logits of both.
 
@@ -81,7 +82,6 @@ class Reference(nn.Module):
             Log-probabilities of both, the policy's entropy, and KL(policy‖reference), each ``(M,)``.
         """
         (policy,) = self._policy
-        hidden = policy.hidden_states(batch)
         with self.active() as reference:
             ref_hidden = reference.hidden_states(batch)
 

@@ -23,7 +23,7 @@ from lightning_rlhf.models.export import (
     written_whole,
 )
 from lightning_rlhf.models.language_model import is_adapter
-from lightning_rlhf.models.loading import POLICY_ADAPTER, load_tokenizer, model_config
+from lightning_rlhf.models.loading import load_tokenizer, model_config
 from lightning_rlhf.models.reward_directory import (
     classifier,
     classifier_adapter,
@@ -106,12 +106,9 @@ def read_members(state: Mapping[str, Any]) -> list[Member]:
         index = len(members)
         head = ScoreHead(state[key + "weight"].shape[1])
         head.load_state_dict({"weight": state[key + "weight"], "_extra_state": state[key + "_extra_state"]})
-        weights = policy_weights(state)
+        weights = policy_weights(state, member_adapter(index))
         own = f"ensemble.scorers.{index}.model.model."
-        if is_trained_adapter(weights):
-            name = f".{member_adapter(index)}."
-            weights = {n.replace(name, f".{POLICY_ADAPTER}."): w for n, w in weights.items() if name in n}
-        elif index:
+        if index and not is_trained_adapter(weights):
             weights = {n.removeprefix(own): w for n, w in state.items() if n.startswith(own)}
         members.append((weights, head))
     if not members:

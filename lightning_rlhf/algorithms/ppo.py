@@ -1,0 +1,389 @@
+"""Proximal policy optimisation against a reward, with a KL anchor; also RLOO, GRPO and REINFORCE."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf import functional as RF
+from lightning_rlhf.algorithms.base import plain
+from lightning_rlhf.algorithms.estimators import GAE, Estimate, Estimator, Evidence
+from lightning_rlhf.algorithms.kl_controller import KLControl, KLController
+from lightning_rlhf.algorithms.online import Online
+from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
+from lightning_rlhf.algorithms.rollout import Micro, Rollout, shuffled
+from lightning_rlhf.data import PromptBatch
+from lightning_rlhf.generation import Generator, Sampling
+from lightning_rlhf.models import Policy
+from lightning_rlhf.models.critic import VALUE_ADAPTER, Critic, CriticKind
+from lightning_rlhf.models.settings import from_plain
+from lightning_rlhf.rewards import Reward
+
+
+@dataclass(frozen=True)
+class Update:
+    """How a rollout is learned from.
+
+    Attributes:
+        num_epochs: Passes over the rollout, each in a fresh order.
+        minibatch_size: Completions an optimizer step, on each rank.
+        micro_batch_size: Completions a forward, at most; None for the whole minibatch.
+        micro_batch_tokens: Tokens a forward, at most, each prompt counted once a completion; None for no budget.
+        clip_range: ε of the policy's loss.
+        value_clip_range: ε of the critic's loss.
+        value_coef: Weight of the critic's loss.
+        entropy_coef: Weight of the entropy bonus.
+        max_grad_norm: The gradient is scaled down to this norm; None leaves it.
+        max_approx_kl: No further epoch where the policy has moved further than this in one, in nats a token, as the
+            mean of ½ (log π − log π_old)²; None for no limit.
+        whiten_advantages: Mean 0 and variance 1 over the tokens of the rollout and all ranks.
+        average: Of the losses of a step: over ``tokens``, or over ``sequences`` of the mean of their tokens.
+        importance_cap: Bounds π_old/π_sampler where another engine samples and reports its log-probabilities.
+    """
+
+    num_epochs: int = 4
+    minibatch_size: int = 16
+    micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    max_grad_norm: float | None = 1.0
+    max_approx_kl: float | None = None
+    whiten_advantages: bool = True
+    average: Literal["tokens", "sequences"] = "tokens"
+    importance_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse what can only be a slip."""
+        for name in ("num_epochs", "minibatch_size", "micro_batch_size", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"update.{name} must be at least 1, got {value}")
+        RF.ppo_policy_loss(*torch.zeros(3, 0), clip_range=self.clip_range)  # refuse what is out of range
+        RF.ppo_value_loss(*torch.zeros(3, 0), value_clip_range=self.value_clip_range)
+
+
+class PPO(Online):
+    r"""Proximal policy optimisation (Schulman et al., 2017; Ziegler et al., 2019; Ouyang et al., 2022).
+
+    One ``training_step`` samples completions of the prompts, scores them, and takes
+    ``num_epochs`` × ⌈N / ``minibatch_size``⌉ optimizer steps on
+
+    $-\min(\rho_t A_t, \mathrm{clip}(\rho_t, 1 ± \varepsilon) A_t) + c_v L^V_t - c_H H_t$
+
+    where the reward of a token is −kl_coef · KL(π‖π_ref), and at the last one the score besides. ``estimator`` chooses
+    the advantages: :class:`GAE` with a critic, or RLOO, GRPO, REINFORCE without one.
+
+    Optimisation is manual: ``global_step`` counts optimizer steps, so that ``max_steps`` and ``every_n_train_steps``
+    are multiples of the steps a rollout; clip by ``update.max_grad_norm`` and accumulate by
+    ``update.micro_batch_size``, since the Trainer refuses ``gradient_clip_val`` and ``accumulate_grad_batches``. A
+    checkpoint falls between rollouts, and a resumed run goes on bit for bit. Sampling is seeded by ``seed``, rollout
+    and row: the same on any number of ranks.
+
+    Args:
+        policy: A path or Hub id, :class:`Policy` settings, or a built Transformers or PEFT model.
+        reward: What scores a completion; see :mod:`lightning_rlhf.rewards`.
+        tokenizer: Needed with a built model; else the policy's own.
+        sampling: How completions are drawn; ``temperature`` also divides the logits of policy and reference. With
+            ``top_p``, ``top_k`` or ``min_new_tokens`` the samples are from another distribution than the policy's.
+        estimator: Of the advantages; by default :class:`GAE`.
+        kl: The KL penalty, fixed or adaptive.
+        update: How a rollout is learned from.
+        critic: Of GAE: an ``adapter`` beside the policy's on one base, a ``head`` on the policy's own trunk, or a
+            ``model`` of its own; by default an adapter where the policy is one, else a model.
+        optimization: Optimizer and schedule.
+        value_lr: Learning rate of the critic; by default the policy's.
+        reference: Another model as the reference; by default the policy as it starts.
+        generator: What samples; by default Transformers' ``generate``.
+        seed: Of sampling and of the order of minibatches.
+    """
+
+    rollout_metrics = (
+        *Online.rollout_metrics,
+        "objective/kl_coef",
+        "objective/non_score_reward",
+        "objective/rlhf_reward",
+        "policy/approxkl_avg",
+        "policy/clipfrac_avg",
+        "policy/ratio",
+        "loss/policy_avg",
+        "loss/value_avg",
+        "value/clipfrac_avg",
+    )
+
+    def __init__(
+        self,
+        policy: Policy | str | nn.Module,
+        reward: Reward,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        sampling: Sampling | None = None,
+        estimator: Estimator | None = None,
+        kl: KLControl | None = None,
+        update: Update | None = None,
+        critic: CriticKind | None = None,
+        optimization: Optimization | None = None,
+        value_lr: float | None = None,
+        reference: Policy | str | None = None,
+        generator: Generator | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(policy, reward, tokenizer, sampling, optimization, reference, generator, seed)
+        self.automatic_optimization = False
+        self.estimator = estimator or GAE()
+        self.update = from_plain(Update, update) or Update()
+        self.critic_kind: CriticKind | None = critic
+        self._ratio_checked = False
+        self.value_lr = value_lr
+        self.rollout_size = 0
+        self.kl = KLController(from_plain(KLControl, kl) or KLControl())
+        if self.estimator.needs_groups and self.sampling.num_samples < 2:
+            raise ValueError(
+                f"{type(self.estimator).__name__} compares the samples of a prompt: sampling.num_samples must be at "
+                f"least 2, got {self.sampling.num_samples}"
+            )
+        if not self.estimator.needs_values and critic is not None:
+            raise ValueError(
+                f"{type(self.estimator).__name__} has no critic: leave critic out, got {critic!r}"
+            )
+        self.save_hyperparameters(
+            {
+                "policy": plain(policy),
+                "sampling": plain(self.sampling),
+                "estimator": self.estimator.to_config(),
+                "kl": plain(self.kl.control),
+                "update": plain(self.update),
+                "critic": critic,
+                "optimization": plain(self.optimization),
+                "value_lr": value_lr,
+                "reference": plain(reference),
+                "seed": seed,
+            }
+        )
+        if self.policy_settings is None:
+            self.on_policy_loaded()
+
+    def on_policy_loaded(self) -> None:
+        """Make reference, critic and reward around the untrained policy."""
+        super().on_policy_loaded()
+        if self.estimator.needs_values:
+            self.critic = Critic(self.policy, self.critic_kind, self.policy_settings)
+
+    # --- a rollout and what is learned from it --------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample, score, estimate advantages, optimise."""
+        rollout = self.sample(batch)
+        self.rollout_size = len(rollout)
+        scores = self.score("train", rollout.samples)
+        known = self.evaluate(rollout)
+        estimate = self.estimate(rollout, scores, known)
+        kl = self.record_rollout("train", rollout, scores, known)
+        for epoch in range(self.update.num_epochs):
+            moved = self.optimise(rollout, known, estimate, epoch)
+            if self.update.max_approx_kl is not None and moved > self.update.max_approx_kl:
+                break
+        self.kl.update(self.mean_over_ranks(kl).item(), len(rollout) * self.trainer.world_size)
+        self.finish_rollout(rollout)
+
+    @torch.no_grad()
+    def evaluate(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What policy, reference and critic say of every token before anything is learned, each ``(M,)``."""
+        parts: list[dict[str, Tensor]] = []
+        for batch in rollout.in_order(self.update.micro_batch_size):
+            batch = batch.to(self.device)
+            hidden = self.policy.hidden_states(batch)
+            found = self.compare(hidden, batch)
+            parts.append(found._asdict())
+            if self.estimator.needs_values:
+                parts[-1]["values"] = self.critic(batch, hidden)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def estimate(self, rollout: Rollout, scores: Tensor, known: Mapping[str, Tensor]) -> Estimate:
+        """Advantages and returns of every token."""
+        exact = self.kl.control.estimator == "exact"
+        evidence = Evidence(
+            scores=scores,
+            kl=known["kl"] if exact else RF.kl_k1(known["logprobs"], known["ref_logprobs"]),
+            lengths=torch.tensor(rollout.lengths, device=scores.device),
+            width=max(rollout.lengths),
+            kl_coef=self.kl.coef,
+            group_size=self.sampling.num_samples,
+            values=known.get("values"),
+            end_values=self.end_values(rollout),
+            mean_over_ranks=self.mean_over_ranks,
+        )
+        penalty = -self.kl.coef * RF.sum_by_sequence(evidence.kl, evidence.lengths)
+        self.record_values(
+            "train",
+            {
+                "objective/kl_coef": torch.tensor(self.kl.coef),
+                "objective/non_score_reward": penalty,
+                "objective/rlhf_reward": scores + penalty,
+            },
+        )
+        estimate = self.estimator(evidence)
+        if not self.update.whiten_advantages:
+            return estimate
+        mean = self.mean_over_ranks(estimate.advantages)
+        variance = self.mean_over_ranks((estimate.advantages - mean).square())
+        return Estimate((estimate.advantages - mean) * torch.rsqrt(variance + 1e-8), estimate.returns)
+
+    @torch.no_grad()
+    def end_values(self, rollout: Rollout) -> Tensor | None:
+        """The critic's value after the last token of completions that were cut off, ``(N,)``."""
+        if not (isinstance(self.estimator, GAE) and self.estimator.bootstrap_truncated):
+            return None
+        batches = (b.to(self.device) for b in rollout.in_order(self.update.micro_batch_size))
+        values = torch.cat([self.critic.at_ends(batch) for batch in batches])
+        return values * torch.tensor(rollout.samples.truncated, device=values.device)
+
+    def optimise(
+        self, rollout: Rollout, known: Mapping[str, Tensor], estimate: Estimate, epoch: int
+    ) -> float:
+        """One pass over a rollout; returns how far the policy has moved, in nats a token, mean over the pass."""
+        tokens = {"logprobs": known["logprobs"], "advantages": estimate.advantages}
+        if estimate.returns is not None:
+            tokens |= {"values": known["values"], "returns": estimate.returns}
+        if rollout.behaviour is not None:
+            sampler = rollout.behaviour.to(self.device)
+            tokens["weights"] = RF.truncated_importance_weights(
+                known["logprobs"], sampler, cap=self.update.importance_cap
+            )
+        optimizer = cast(Optimizer, self.optimizers())
+        moved: list[Tensor] = []
+        seed = (self.seed, self.num_rollouts, epoch, self.global_rank)
+        for minibatch in shuffled(len(rollout), self.update.minibatch_size, seed):
+            for micro, last in self.micro_batches(rollout, minibatch, tokens):
+                with nullcontext() if last else self.unsynchronised():
+                    moved.append(self.backward_micro(micro))
+            optimizer.step()
+            optimizer.zero_grad()
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+        return self.mean_over_ranks(torch.cat(moved)).item()
+
+    def micro_batches(
+        self, rollout: Rollout, minibatch: list[int], tokens: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Micro, bool]]:
+        """A minibatch in forwards of bounded size, each with whether it is the last one."""
+        chunks: list[list[int]] = [[]]
+        size, budget = self.update.micro_batch_size, self.update.micro_batch_tokens
+        total = 0
+        for index in minibatch:
+            cost = rollout.lengths[index] + len(rollout.samples.prompt_ids[index])
+            full = (size is not None and len(chunks[-1]) == size) or (
+                budget is not None and total + cost > budget
+            )
+            if chunks[-1] and full:
+                chunks.append([])
+                total = 0
+            chunks[-1].append(index)
+            total += cost
+        for place, chunk in enumerate(chunks):
+            batch, values = rollout.select(chunk, tokens)
+            yield Micro(batch.to(self.device), values), place == len(chunks) - 1
+
+    def backward_micro(self, micro: Micro) -> Tensor:
+        """Add the gradient of some completions; returns ½ (log π − log π_old)² of their tokens."""
+        batch, known = micro
+        hidden = self.policy.hidden_states(batch)
+        now = self.policy.of_hidden(hidden, batch, temperature=self.sampling.temperature, with_entropy=True)
+        assert now.entropy is not None
+        clip = self.update.clip_range
+        policy_loss = RF.ppo_policy_loss(
+            now.logprobs, known["logprobs"], known["advantages"], clip_range=clip
+        )
+        losses = policy_loss * known.get("weights", 1.0) - self.update.entropy_coef * now.entropy
+        detached = now.logprobs.detach()
+        moved = RF.approx_kl(detached, known["logprobs"])
+        self.assert_ratio_is_one(detached, known["logprobs"])
+        self.record_values(
+            "train",
+            {
+                "policy/approxkl_avg": moved,
+                "policy/clipfrac_avg": RF.clip_fraction(
+                    detached, known["logprobs"], known["advantages"], clip_range=clip
+                ),
+                "policy/ratio": RF.ratio(detached, known["logprobs"]),
+                "loss/policy_avg": policy_loss.detach(),
+            },
+        )
+        if "returns" in known:
+            losses = losses + self.update.value_coef * self.value_losses(batch, hidden, known)
+        if self.update.average == "sequences":
+            lengths = batch.target_lengths
+            losses = RF.sum_by_sequence(losses, lengths) / lengths
+        self.manual_backward(self.step_mean(losses, batch))
+        return moved
+
+    def value_losses(self, batch: Any, hidden: Tensor, known: Mapping[str, Tensor]) -> Tensor:  # noqa: ANN401
+        """The critic's loss of every token, ``(M,)``."""
+        values = self.critic(batch, hidden)
+        arguments = (known["values"], known["returns"])
+        clip = self.update.value_clip_range
+        losses = RF.ppo_value_loss(values, *arguments, value_clip_range=clip)
+        clipped = RF.value_clip_fraction(values.detach(), *arguments, value_clip_range=clip)
+        self.record_values("train", {"loss/value_avg": losses.detach(), "value/clipfrac_avg": clipped})
+        return losses
+
+    def assert_ratio_is_one(self, logprobs: Tensor, old_logprobs: Tensor) -> None:
+        """At the very first step the policy is still the one that sampled, so every ratio is 1 up to rounding."""
+        if self.global_step > 0 or self._ratio_checked:
+            return
+        self._ratio_checked = True
+        gap = (logprobs - old_logprobs).abs().max().item()
+        if gap > (0.2 if self._in_half(logprobs) else 1e-3):
+            raise RuntimeError(
+                f"at the first step a probability ratio is e^{gap:.3g} and should be 1: the policy that is trained is "
+                "not the one that sampled. Is dropout on, or was the policy changed after the module was built?"
+            )
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def unsynchronised(self) -> AbstractContextManager[Any]:
+        """Within it, a backward leaves the gradient of this rank alone: it is averaged with the last micro-batch's."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The gradient of the mean over the step, stopped where it is not finite, and clipped."""
+        super().on_before_optimizer_step(optimizer)
+        if self.update.max_grad_norm is not None:
+            self.clip_gradients(
+                optimizer, gradient_clip_val=self.update.max_grad_norm, gradient_clip_algorithm="norm"
+            )
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """The mean of the elements of a tensor on all ranks, a scalar of its dtype."""
+        sums = torch.stack([values.sum(dtype=torch.float64), values.new_full((), values.numel()).double()])
+        if dist.is_initialized() and self.trainer.world_size > 1:
+            dist.all_reduce(sums)
+        return (sums[0] / sums[1]).to(values.dtype)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
+        """AdamW over the policy, and over the critic with a learning rate of its own."""
+        self._refuse_half_precision_weights()
+        rates = (
+            {} if self.value_lr is None else {"critic.": self.value_lr, f".{VALUE_ADAPTER}.": self.value_lr}
+        )
+        optimizer = build_optimizer(self.named_parameters(), self.optimization, rates)
+        schedule = build_schedule(optimizer, self.optimization, self.total_steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def total_steps(self) -> float:
+        """Optimizer steps of the whole run, where the Trainer has an end."""
+        trainer = self.trainer
+        steps = float("inf") if trainer.max_steps == -1 else trainer.max_steps
+        if trainer.max_epochs is not None and trainer.max_epochs != -1:
+            minibatches = -(-self.rollout_size // self.update.minibatch_size)
+            rollouts = trainer.num_training_batches * trainer.max_epochs
+            steps = min(steps, rollouts * self.update.num_epochs * minibatches)
+        return steps
