@@ -10,7 +10,7 @@ from lightning_rlhf.models import LanguageModel
 
 
 class Generator(ABC):
-    """Samples completions of prompts from a policy as it is now."""
+    """Samples completions of prompts from a policy, as it is and in the role that it has while they are asked for."""
 
     @abstractmethod
     def generate(
@@ -25,7 +25,7 @@ class Generator(ABC):
         """Sample completions, prompt after prompt.
 
         Args:
-            model: The policy, in the role that is to sample; left as it was.
+            model: The policy, in the role that is to sample until the last completion is taken; left as it was.
             tokenizer: Of the policy.
             prompts: Token ids; any lengths, at least one token each.
             sampling: How completions are drawn.

@@ -187,6 +187,15 @@ class LanguageModel(nn.Module):
     def _tuner_layers(self) -> list[BaseTunerLayer]:
         return [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
 
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter of the role that it runs as; None for the base alone."""
+        layer = next(iter(self._tuner_layers()), None)
+        if layer is None or layer._disable_adapters:
+            return None
+        active = layer._active_adapter
+        return active if isinstance(active, str) else next(iter(active), None)
+
     def role(self, adapter: str | None) -> AbstractContextManager["LanguageModel"]:
         """Run as another role on the same base: with the adapter of this name, or the base alone for None.
 
