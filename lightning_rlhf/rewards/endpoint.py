@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import Reward, Samples
+from lightning_rlhf.rewards.base import Reward
+from lightning_rlhf.rewards.samples import Samples
 
 WORTH_A_RETRY = (408, 425, 429, 500, 502, 503, 504)
 """HTTP answers that may be another one the next time."""
