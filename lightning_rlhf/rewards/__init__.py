@@ -1,20 +1,20 @@
 """What scores a completion: reward models, functions, endpoints, their sums and shaping."""
 
-from lightning_rlhf.rewards.base import Reward, RewardError, RewardResult, Samples, begin, score
+from lightning_rlhf.rewards.base import Reward, RewardError, RewardResult, begin, score
 from lightning_rlhf.rewards.combined import RewardEnsemble, WeightedReward
 from lightning_rlhf.rewards.endpoint import EndpointError, EndpointReward
 from lightning_rlhf.rewards.functions import FunctionReward
+from lightning_rlhf.rewards.samples import Samples
 from lightning_rlhf.rewards.scorers import ImplicitReward, ModelReward, RewardModelReward
 from lightning_rlhf.rewards.shaping import (
     Clip,
     LengthPenalty,
-    LengthResidual,
     MissingEOSPenalty,
-    Normalized,
     ShapedReward,
     Shaper,
     SoftOverlong,
 )
+from lightning_rlhf.rewards.statistics import LengthResidual, Normalized
 
 __all__ = [
     "Clip",

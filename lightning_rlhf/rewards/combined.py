@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rlhf.models import Aggregation
-from lightning_rlhf.rewards.base import Reward, RewardResult, Samples, begin, require_unique
+from lightning_rlhf.rewards.base import Reward, RewardResult, begin, require_unique
+from lightning_rlhf.rewards.samples import Samples
 from lightning_rlhf.rewards.scorers import RewardModelReward
 
 

@@ -11,7 +11,7 @@ from lightning_rlhf.data.formats import Example
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 from lightning_rlhf.data.prompts import Messages
 from lightning_rlhf.data.tokenization import Encoder, Limits
-from lightning_rlhf.rewards.base import Samples, shown
+from lightning_rlhf.rewards.samples import Samples, shown
 
 
 class SampleEncoder:

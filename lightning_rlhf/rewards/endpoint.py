@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import Reward, Samples
+from lightning_rlhf.rewards.base import Reward
+from lightning_rlhf.rewards.samples import Samples
 
 WORTH_A_RETRY = (408, 425, 429, 500, 502, 503, 504)
 """HTTP answers that may be another one the next time."""
@@ -87,16 +88,19 @@ class EndpointReward(Reward):
     def start(self, samples: Samples) -> Callable[[], Tensor]:
         """Send the first requests; the result is waited for later."""
         bodies = [self._body(samples.select(chunk)) for chunk in _chunks(len(samples), self.batch_size)]
-        pool = ThreadPoolExecutor(self.num_connections, thread_name_prefix="reward-endpoint")
+        pool = futures.ThreadPoolExecutor(self.num_connections, thread_name_prefix="reward-endpoint")
         stop = threading.Event()
         answers = [pool.submit(self._scores, *body, stop) for body in bodies]
         pool.shutdown(wait=False)
 
         def wait() -> Tensor:
             try:
+                done, _ = futures.wait(answers, return_when=futures.FIRST_EXCEPTION)
+                for answer in done:
+                    answer.result()  # raises what it raised
                 return torch.tensor(list(chain.from_iterable(answer.result() for answer in answers)))
             finally:
-                stop.set()  # after an error of one batch the others are not sent, and not tried again
+                stop.set()  # after an error of one batch the others are neither sent nor tried again
                 for answer in answers:
                     answer.cancel()
 

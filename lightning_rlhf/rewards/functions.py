@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rlhf.rewards.base import Reward, Samples, shown
+from lightning_rlhf.rewards.base import Reward
+from lightning_rlhf.rewards.samples import Samples, shown
 
 
 class FunctionReward(Reward):

@@ -24,8 +24,9 @@ from lightning_rlhf.models import (
 from lightning_rlhf.models.language_model import disable_dropout
 from lightning_rlhf.models.loading import adapter_config, base_path
 from lightning_rlhf.models.reward_directory import add_scorer
-from lightning_rlhf.rewards.base import Reward, Samples
+from lightning_rlhf.rewards.base import Reward
 from lightning_rlhf.rewards.encoding import SampleEncoder
+from lightning_rlhf.rewards.samples import Samples
 
 
 class ModelReward(Reward):

@@ -139,6 +139,17 @@ def test_what_would_not_change_is_an_error_at_once(server, answer, said):
     assert len(server.requests) == 1
 
 
+def test_one_batch_that_fails_ends_the_waiting_of_the_others(server):
+    server.script = [503, 404]
+    began = time.monotonic()
+    with pytest.raises(RewardError, match="HTTP 404"):
+        score(reward(server, batch_size=1, num_connections=2, backoff=30.0), samples_of(2))
+    while any(thread.name.startswith("reward-endpoint") for thread in threading.enumerate()):
+        time.sleep(0.01)
+        assert time.monotonic() < began + 15
+    assert len(server.requests) == 2
+
+
 def test_waits_double(server):
     server.script = [503] * 3
     score(reward(server, backoff=0.1, max_attempts=4), samples_of(1))

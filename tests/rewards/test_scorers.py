@@ -17,10 +17,12 @@ from lightning_rlhf.models.export import export_checkpoint
 from lightning_rlhf.models.reward_export import export_reward_model
 from lightning_rlhf.rewards import (
     ImplicitReward,
+    Normalized,
     RewardEnsemble,
     RewardError,
     RewardModelReward,
     Samples,
+    ShapedReward,
     WeightedReward,
     score,
 )
@@ -276,3 +278,16 @@ def test_settings_are_checked(llama_dir):
         ImplicitReward(llama_dir, llama_dir, beta=0)
     with pytest.raises(ValueError, match="members is empty"):
         RewardEnsemble([])
+
+
+def test_an_algorithm_with_a_reward_keeps_its_statistics_only(reward_dirs, llama_dir):
+    module = DPO(llama_dir)
+    module.reward = ShapedReward(RewardModelReward(str(reward_dirs / "full")), [Normalized()])
+    module.configure_model()
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    module.reward.attach(module.policy, module.tokenizer)
+    score(module.reward, samples_from(letters()))
+    assert {n for n in module.state_dict() if n.startswith("reward")} == {"reward.shapers.0._extra_state"}
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == trained
+    assert not any(name.startswith("reward") for name in trained)
+    module.load_state_dict(module.state_dict())
