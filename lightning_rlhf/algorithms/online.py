@@ -40,7 +40,6 @@ class Online(Referenced):
     """
 
     rollout_metrics: tuple[str, ...] = (
-        "loss",
         KL,
         K1,
         K3,
@@ -141,14 +140,14 @@ class Online(Referenced):
     def record_values(self, stage: str, values: Mapping[str, Tensor]) -> None:
         """Add values to the running means of a stage."""
         for name, value in values.items():
-            self._mean(stage, name).update(value)
+            self._metric(stage, name).update(value)
 
     def finish_rollout(self, rollout: Rollout) -> None:
         """Count it, and log its means."""
         self.num_rollouts += 1
         share = self._generated / max(time.perf_counter() - self._began, 1e-9)
         self.record_values("train", {"time/generation_share": torch.tensor(share)})
-        self.num_tokens.update(torch.tensor(sum(rollout.lengths)))
+        self.num_tokens.update(sum(rollout.lengths))
         self._log_means("train")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401

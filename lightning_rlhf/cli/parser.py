@@ -9,10 +9,11 @@ from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_rlhf.algorithms.estimators import Estimator
 from lightning_rlhf.objectives import Objective
 
 # Dataclasses are otherwise taken as they are annotated: `objective` could name no subclass.
-set_parsing_settings(subclasses_enabled=[Objective])
+set_parsing_settings(subclasses_enabled=[Objective, Estimator])
 
 USAGE = 2
 _WRONG_KEY = re.compile(r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected")
