@@ -15,7 +15,8 @@ PADDED: dict[str, dict[str, Any]] = {
     "padded, sdpa, activation checkpointing": {"activation_checkpointing": True},
 }
 # TRL 1.16 with what makes it slower switched off. ``padding_free`` is refused by its DPO ("temporarily unavailable"),
-# and its trainers of reward models and of KTO have none.
+# and its trainers of reward models and of KTO have none. Of packing, ``wrapped`` lets documents see each other and cuts
+# them, which is other work.
 TRL_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": PADDED,
     "reward": PADDED,
@@ -24,11 +25,6 @@ TRL_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "padded, sdpa": {},
         "padding_free, sdpa": {"padding_free": True, "max_length": None},
         "packing bfd 1024, sdpa": {"packing": True, "packing_strategy": "bfd"},
-        "packing wrapped 512, sdpa (documents see each other)": {
-            "packing": True,
-            "packing_strategy": "wrapped",
-            "max_length": 512,
-        },
     },
 }
 
