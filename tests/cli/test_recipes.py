@@ -2,14 +2,36 @@ import json
 import resource
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
+
+from lightning_rlhf.algorithms import RewardModel
+from lightning_rlhf.data.packing import pack
+from lightning_rlhf.models import LoRA, Policy
+from lightning_rlhf.models.reward_export import export_reward_model
+from tests.algorithms.conftest import random_groups
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = {"sft": "sft_train.jsonl"}
 PREFERENCES = "preferences_train.jsonl"
-ALGORITHMS = {"sft": "SFT", "kto": "KTO", "reward_model": "RewardModel", "reward_ensemble": "RewardModel"}
+ALGORITHMS = {
+    "sft": "SFT",
+    "kto": "KTO",
+    "reward_model": "RewardModel",
+    "reward_ensemble": "RewardModel",
+    **dict.fromkeys(("ppo", "ppo_qlora", "rloo", "grpo"), "PPO"),
+}
+# What samples needs a reward, and short answers on two cores: 8 prompts, and so some optimizer steps a rollout.
+ONLINE = {
+    "ppo": ("--model.reward.model", "sandbox/reward-model"),
+    "ppo_qlora": ("--model.reward.model", "sandbox/reward-adapter"),
+    "rloo": ("--model.reward.model", "sandbox/reward-model"),
+    "grpo": ("--model.reward.function", "sandbox/my_rewards.py:accuracy"),
+}
+STEPS_OF_TWO_ROLLOUTS = {"ppo": 8, "ppo_qlora": 8, "rloo": 4, "grpo": 8}
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +48,30 @@ def sandbox(tmp_path_factory, llama_dir):
     for name, wanted in columns.items():
         picked = [{column: row[column] for column in wanted} for row in rows]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in picked))
+    save_reward(RewardModel(llama_dir), folder / "reward-model")
+    save_reward(RewardModel(Policy(llama_dir, lora=LoRA(r=2))), folder / "reward-adapter")
+    (folder / "my_rewards.py").write_text(
+        "def accuracy(completions, chosen):\n"
+        "    return [float(c[:1] == right[:1]) for c, right in zip(completions, chosen)]\n"
+    )
     return folder
+
+
+def save_reward(module, folder):
+    """A reward model as `export` writes it, after one step."""
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False, default_root_dir=folder.parent
+    )
+    trainer.fit(module, DataLoader(random_groups(4, 2), batch_size=4, collate_fn=pack))
+    trainer.save_checkpoint(folder.parent / "reward.ckpt")
+    export_reward_model(folder.parent / "reward.ckpt", folder)
 
 
 @pytest.fixture
 def arguments(sandbox, tmp_path):
     """Arguments of a recipe with the tiny overlay and others."""
 
-    def make(recipe, *overlays, steps=2):
+    def make(recipe, *overlays, steps=None):
         (tmp_path / "sandbox").exists() or (tmp_path / "sandbox").symlink_to(sandbox)
         paths = [
             RECIPES / f"{recipe}.yaml",
@@ -45,10 +83,17 @@ def arguments(sandbox, tmp_path):
             "--data.train",
             f"sandbox/{DATA.get(recipe, PREFERENCES)}",
             "--trainer.max_steps",
-            steps,
+            steps or STEPS_OF_TWO_ROLLOUTS.get(recipe, 2),
+            *short_answers(recipe),
         ]
 
     return make
+
+
+def short_answers(recipe):
+    if recipe not in ONLINE:
+        return ()
+    return (*ONLINE[recipe], "--model.sampling.max_new_tokens", 6, "--data.batch_size", 8)
 
 
 def checkpoint(folder):
@@ -64,7 +109,8 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
     code, _, error = program("fit", *arguments(recipe, *overlays))
     assert code == 0, error[-2000:]
     saved = torch.load(checkpoint(tmp_path), weights_only=True)
-    assert saved["global_step"] == 2
+    steps = STEPS_OF_TWO_ROLLOUTS.get(recipe, 2)
+    assert saved["global_step"] == steps
     algorithm = ALGORITHMS.get(recipe, "DPO")
     assert saved["algorithm"] == algorithm
     assert "random_states" in saved
@@ -72,8 +118,10 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
         yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())["trainer"][
             "max_steps"
         ]
-        == 2
+        == steps
     )
+    if recipe in ONLINE:
+        assert saved["state_dict"]["_extra_state"] == {"num_rollouts": 2}
     code, printed, error = program("export", checkpoint(tmp_path), "--output", "out", "--merge")
     assert code == 0, error
     assert algorithm in printed
