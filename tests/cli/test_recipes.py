@@ -60,7 +60,11 @@ def sandbox(tmp_path_factory, llama_dir):
 def save_reward(module, folder):
     """A reward model as `export` writes it, after one step."""
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False, default_root_dir=folder.parent
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=folder.parent,
     )
     trainer.fit(module, DataLoader(random_groups(4, 2), batch_size=4, collate_fn=pack))
     trainer.save_checkpoint(folder.parent / "reward.ckpt")
@@ -146,6 +150,103 @@ def test_doctor_shows_what_will_happen_and_saves_nothing(program, arguments, tmp
         assert text in printed
     assert ("base without its adapter" in printed) == (recipe in ("dpo", "kto"))
     assert [path.name for path in tmp_path.iterdir()] == ["sandbox"]
+
+
+@pytest.mark.parametrize(("recipe", "steps"), [("ppo_qlora", 4), ("ppo", 4), ("grpo", 4), ("rloo", 2)])
+def test_doctor_shows_a_rollout(program, arguments, tmp_path, recipe, steps):
+    code, printed, error = program("doctor", *arguments(recipe))
+    assert code == 0, error[-2000:]
+    for text in ("as the model sees it", "one rollout (thrown away)", "KL at step 0", "seconds a rollout"):
+        assert text in printed
+    assert f"{steps}: max_steps" in printed
+    roles = {
+        "ppo": ("policy ", "critic ", "reference ", "reward reward_model "),
+        "ppo_qlora": ("policy adapter", "value adapter", "critic ", "reward_reward_model adapter"),
+        "grpo": ("policy ", "reference ", "accuracy"),
+        "rloo": ("policy ", "reference ", "reward reward_model "),
+    }[recipe]
+    assert all(role in printed for role in roles)
+    assert [path.name for path in tmp_path.iterdir()] == ["sandbox"]
+
+
+def test_validation_and_prediction_of_what_samples(program, arguments, tmp_path):
+    words = [
+        *arguments("rloo"),
+        "--data.val",
+        "sandbox/preferences_train.jsonl",
+        "--trainer.limit_val_batches",
+        1,
+    ]
+    code, printed, error = program(
+        "validate", *words, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "."
+    )
+    assert code == 0, error[-2000:]
+    assert "val/objective/scores_greedy" in printed
+    (path,) = tmp_path.rglob("samples/step-0.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(8))
+    assert rows[0]["prompt"] == "tell me 0:"
+    assert all(row["kl"] == pytest.approx(0.0, abs=1e-5) for row in rows)
+    words = [*arguments("rloo"), "--data.predict", "sandbox/preferences_train.jsonl"]
+    code, _, error = program("predict", *words)
+    assert code == 0, error[-2000:]
+    (path,) = tmp_path.rglob("predictions.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(40))
+    assert all(len(line["completions"]) == 4 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.update.clip_rang", "unknown key 'clip_rang' in model.update (did you mean 'clip_range'?)"),
+        ("--model.kl.targett", "unknown key 'targett' in model.kl (did you mean 'target'?)"),
+        ("--model.sampling.max_tokens", "unknown key 'max_tokens' in model.sampling"),
+        ("--model.reward.modell", "unknown key 'modell' in model.reward"),
+        ("--model.estimator.lamb", "unknown key 'lamb' in model.estimator (did you mean 'lam'?)"),
+    ],
+)
+def test_a_typo_in_the_settings_of_a_rollout_is_named(program, flag, message):
+    code, _, error = program("fit", "--config", RECIPES / "ppo.yaml", flag, "0.5")
+    assert code == 2
+    assert message in error.splitlines()[0]
+
+
+def test_the_parts_of_ppo_are_chosen_by_flags(program):
+    flags = [
+        "--model.estimator",
+        "Reinforce",
+        "--model.estimator.baseline",
+        "false",
+        "--model.kl.target",
+        "6.0",
+    ]
+    flags += [
+        "--model.reward",
+        "FunctionReward",
+        "--model.reward.function",
+        "math:sqrt",
+        "--model.update.num_epochs",
+        "2",
+    ]
+    flags += ["--model.generator", "VLLMServerGenerator", "--model.generator.url", "http://localhost:1"]
+    code, printed, error = program("fit", "--config", RECIPES / "rloo.yaml", *flags, "--print_config")
+    assert code == 0, error
+    found = yaml.safe_load(printed)["model"]["init_args"]
+    assert found["estimator"]["class_path"].endswith(".Reinforce")
+    assert found["estimator"]["init_args"] == {"baseline": False}
+    assert found["reward"]["class_path"].endswith(".FunctionReward")
+    assert found["reward"]["init_args"]["function"] == "math:sqrt"
+    assert (found["kl"]["target"], found["update"]["num_epochs"]) == (6.0, 2)
+    assert found["generator"]["init_args"]["url"] == "http://localhost:1"
+
+
+def test_what_the_trainer_refuses_of_ppo_is_said(program, arguments):
+    code, _, error = program("fit", *arguments("rloo"), "--trainer.gradient_clip_val", 1.0)
+    assert code == 1
+    assert "gradient_clip_val" in error
+    assert "clips by model.update.max_grad_norm" in error
+    assert "Traceback" not in error
 
 
 def test_a_checkpoint_of_another_algorithm_is_refused(program, arguments, tmp_path):
