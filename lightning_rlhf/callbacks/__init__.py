@@ -2,5 +2,6 @@
 
 from lightning_rlhf.callbacks.exact_resume import ExactResume
 from lightning_rlhf.callbacks.held_out_kl import HeldOutKL
+from lightning_rlhf.callbacks.sample_table import SampleTable
 
-__all__ = ["ExactResume", "HeldOutKL"]
+__all__ = ["ExactResume", "HeldOutKL", "SampleTable"]

@@ -10,16 +10,23 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from lightning_rlhf.algorithms import DPO
 from lightning_rlhf.algorithms.base import Algorithm
+from lightning_rlhf.algorithms.online import Online
+from lightning_rlhf.cli.doctor_rollout import SHOWN, prompt_tables, prompt_tokens, rollout_facts
 from lightning_rlhf.cli.doctor_tables import data_tables, facts_table, plain_table, roles_table
 from lightning_rlhf.cli.tokens import first_example, render
 from lightning_rlhf.cli.training import RLHFCLI
+from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.objectives import Sigmoid
 
 LEGEND = "[ ] and green: learned from; dim: prompt; yellow: not learned from; magenta: special token; | between tokens"
+
+NOTES = {"objective/kl": " nats a completion: KL at step 0, 0 unless another reference was given"}
 
 
 class DoctorCLI(RLHFCLI):
@@ -70,30 +77,37 @@ class Examination(Callback):
         self._steps: list[float] = []
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: PackedBatch, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: PackedBatch | PromptBatch,
+        batch_idx: int,
     ) -> None:
         """Examine everything once, before anything is trained."""
         assert isinstance(pl_module, Algorithm)
         if not self.parts:
-            tokens = render(first_example(batch), pl_module.tokenizer)
-            self.parts = [
-                Panel(
-                    Group(tokens, "", LEGEND),
-                    title=f"row {batch.row_ids[0]} as the model sees it",
-                    title_align="left",
-                ),
-                *data_tables(trainer, batch),
-                roles_table(pl_module),
-                facts_table(trainer, pl_module, batch, precomputes=self.precomputes),
-            ]
+            tokens, tables, facts = self._look(trainer, pl_module, batch)
+            title = f"row {batch.row_ids[0]} as the model sees it"
+            panel = Panel(Group(tokens, "", LEGEND), title=title, title_align="left")
+            self.parts = [panel, *tables, roles_table(pl_module), facts]
         self._start = time.perf_counter()
+
+    def _look(
+        self, trainer: L.Trainer, module: Algorithm, batch: PackedBatch | PromptBatch
+    ) -> tuple[Text, list[Table], Table]:
+        if isinstance(batch, PromptBatch):
+            assert isinstance(module, Online)
+            facts = rollout_facts(trainer, module, batch)
+            return prompt_tokens(batch, module), prompt_tables(trainer, batch), facts
+        facts = facts_table(trainer, module, batch, precomputes=self.precomputes)
+        return render(first_example(batch), module.tokenizer), data_tables(trainer, batch), facts
 
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,  # noqa: ANN401
-        batch: PackedBatch,
+        batch: PackedBatch | PromptBatch,
         batch_idx: int,
     ) -> None:
         """Note how long a micro-batch took."""
@@ -102,13 +116,15 @@ class Examination(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what the step cost."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        table = plain_table("one optimizer step (thrown away)")
-        for name in ("train/loss", "train/mean_token_accuracy", "train/entropy", "train/rewards/margins"):
-            if name in values:
-                table.add_row(name.removeprefix("train/"), f"{values[name]:.4f}")
+        samples = isinstance(pl_module, Online)
+        table = plain_table(f"one {'rollout' if samples else 'optimizer step'} (thrown away)")
+        for name in SHOWN if samples else ("loss", "mean_token_accuracy", "entropy", "rewards/margins"):
+            if f"train/{name}" in values:
+                table.add_row(name, f"{values[f'train/{name}']:.4f}{NOTES.get(name, '')}")
         if isinstance(pl_module, DPO) and isinstance(pl_module.objective, Sigmoid):
             table.add_row("", f"the sigmoid loss of an untrained policy is ln 2 = {math.log(2):.4f}")
-        table.add_row("seconds a micro-batch", f"{min(self._steps):.2f} ({len(self._steps)} ran)")
+        what = "rollout" if samples else "micro-batch"
+        table.add_row(f"seconds a {what}", f"{min(self._steps):.2f} ({len(self._steps)} ran)")
         if torch.cuda.is_available():
             table.add_row("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
         self.parts.append(table)

@@ -1,6 +1,7 @@
 """The tables of ``lightning-rlhf doctor``."""
 
 import math
+import re
 from typing import Any
 
 import lightning as L
@@ -10,8 +11,10 @@ from rich.table import Table
 from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms import DPO
 from lightning_rlhf.algorithms.base import Algorithm
+from lightning_rlhf.algorithms.online import Online
 from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.models.critic import VALUE_ADAPTER
 from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.reference import REFERENCE_ADAPTER, Reference
 
@@ -54,11 +57,23 @@ def roles_table(module: Algorithm) -> Table:
     roles: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         roles.setdefault(role_of(name), []).append(parameter)
-    for role, parameters in roles.items():
+    for role, parameters in (roles | reward_roles(module)).items():
         trainable = sum(_size(p) for p in parameters if p.requires_grad)
         dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
         table.add_row(role, f"{sum(map(_size, parameters)):,}", f"{trainable:,}", dtypes)
     return table
+
+
+def reward_roles(module: Algorithm) -> dict[str, list[torch.nn.Parameter]]:
+    """Parameters of the frozen models that a reward holds, as far as they are not the policy's own."""
+    if not isinstance(module, Online):
+        return {}
+    own = {id(p) for p in module.parameters()}
+    return {
+        f"reward {name}": several
+        for name, model in module.reward.held()
+        if (several := [p for p in model.parameters() if id(p) not in own])
+    }
 
 
 def role_of(name: str) -> str:
@@ -69,11 +84,15 @@ def role_of(name: str) -> str:
         ('policy', 'reference')
         >>> role_of("policy.model.q.lora_A.reference.weight"), role_of("policy.model.q.lora_A.default.weight")
         ('reference adapter', 'policy adapter')
+        >>> role_of("policy.model.q.lora_A.value.weight"), role_of("critic.head.weight")
+        ('value adapter', 'critic')
     """
     first = name.split(".", 1)[0]
-    if is_adapter(name):
-        return "reference adapter" if f".{REFERENCE_ADAPTER}." in name else f"{first} adapter"
-    return first
+    if not is_adapter(name):
+        return first
+    adapter = next((a for a in (REFERENCE_ADAPTER, VALUE_ADAPTER) if f".{a}." in name), None)
+    shared = re.search(r"\.(reward_\w+)\.", name)
+    return f"{adapter or (shared[1] if shared else first)} adapter"
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
@@ -84,30 +103,31 @@ def _size(parameter: torch.nn.Parameter) -> int:
 
 def facts_table(trainer: L.Trainer, module: Algorithm, batch: PackedBatch, *, precomputes: bool) -> Table:
     """Precision, layout, reference and optimizer."""
-    policy = module.policy
-    assert policy is not None
     window = trainer.accumulate_grad_batches
-    table = plain_table("how it will run")
-    table.add_row("precision", f"{trainer.precision} on {module.device}")
-    table.add_row("layout", f"{policy.layout_of(batch)}: {policy.layout_reason}")
-    table.add_row("optimizer", str(module.optimization))
+    table = running_table(trainer, module, batch)
     table.add_row(
         "groups an optimizer step",
         f"about {batch.num_groups * window * trainer.world_size} (accumulating {window})",
     )
     if isinstance(module, Referenced) and module.reference is not None:
-        how = (
-            "another model, given by reference"
-            if module.reference_settings
-            else REFERENCES[module.reference.kind]
-        )
         table.add_row(
-            "reference", how + (", computed once before training and kept on disk" if precomputes else "")
+            "reference",
+            made_how(module, module.reference)
+            + (", computed once before training and kept on disk" if precomputes else ""),
         )
         table.add_row("KL at step 0", kl_at_start(module, module.reference, batch))
     else:
         whose = type(module.objective if isinstance(module, DPO) else module).__name__
         table.add_row("reference", f"none: {whose} needs none")
+    return table
+
+
+def running_table(trainer: L.Trainer, module: Algorithm, batch: PackedBatch) -> Table:
+    """The beginning of every table of facts: precision, layout and optimizer."""
+    table = plain_table("how it will run")
+    table.add_row("precision", f"{trainer.precision} on {module.device}")
+    table.add_row("layout", f"{module.policy.layout_of(batch)}: {module.policy.layout_reason}")
+    table.add_row("optimizer", str(module.optimization))
     return table
 
 
@@ -117,6 +137,11 @@ REFERENCES = {
     "model": "a frozen copy of the policy",
     "policy": "the untrained policy",
 }
+
+
+def made_how(module: Referenced, reference: Reference) -> str:
+    """How a reference is made, in words."""
+    return "another model, given by reference" if module.reference_settings else REFERENCES[reference.kind]
 
 
 @torch.no_grad()

@@ -73,12 +73,14 @@ def _option_names(parser: LightningArgumentParser) -> list[str]:
     from dataclasses import fields
 
     from lightning_rlhf import objectives
-    from lightning_rlhf.algorithms import Optimization
+    from lightning_rlhf.algorithms import GAE, GRPO, KLControl, Optimization, Reinforce, Update
+    from lightning_rlhf.generation import Sampling
     from lightning_rlhf.models import LoRA, Policy, Quantization
 
     losses = [
         thing for name in objectives.__all__ if issubclass(thing := getattr(objectives, name), Objective)
     ]
-    settings = (Policy, LoRA, Quantization, Optimization, *losses)
+    online = (Sampling, KLControl, Update, GAE, GRPO, Reinforce)
+    settings = (Policy, LoRA, Quantization, Optimization, *online, *losses)
     names = [field.name for cls in settings for field in fields(cls)]
     return names + [action.dest.rsplit(".", 1)[-1] for action in parser._actions]

@@ -2,27 +2,31 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import Tensor
 
 # Imported so that their short names work in flags and in YAML.
 from lightning_rlhf import data as _data  # noqa: F401
+from lightning_rlhf import rewards as _rewards  # noqa: F401
 from lightning_rlhf.algorithms.base import Algorithm
 from lightning_rlhf.callbacks import ExactResume
 from lightning_rlhf.cli.parser import ConfigParser
+from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
 
 
 class PredictionWriter(BasePredictionWriter):
     """Write one JSON line a row of data: ``{"row": 3, "values": [-12.5, -14.0]}``, one value a completion.
 
-    Each process writes ``predictions.jsonl`` (or ``predictions.<rank>.jsonl``) in the log folder.
+    Of prompts, the completions that were sampled: ``{"row": 3, "prompt": "…", "completions": ["…"]}``. Each process
+    writes ``predictions.jsonl`` (or ``predictions.<rank>.jsonl``) in the log folder.
     """
 
     def __init__(self) -> None:
@@ -41,23 +45,41 @@ class PredictionWriter(BasePredictionWriter):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: Tensor,
+        prediction: Tensor | list[str],
         batch_indices: Sequence[int] | None,
-        batch: PackedBatch,
+        batch: PackedBatch | PromptBatch,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
         """Write the rows of a batch."""
         assert self._file is not None
-        values = iter(prediction.tolist())
-        for row, completions in zip(batch.row_ids, batch.completion_lengths, strict=True):
-            line = {"row": row, "values": [next(values) for _ in completions]}
-            self._file.write(json.dumps(line) + "\n")
+        for line in predicted_rows(prediction, batch):
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def predicted_rows(
+    prediction: Tensor | list[str], batch: PackedBatch | PromptBatch
+) -> Iterator[dict[str, Any]]:
+    """A line for each row of a batch: values of its completions, or the completions that were sampled for a prompt.
+
+    Example:
+        >>> list(predicted_rows(["x", "y"], PromptBatch(([5],), ("a",), ("a",), row_ids=(3,))))
+        [{'row': 3, 'prompt': 'a', 'completions': ['x', 'y']}]
+    """
+    if isinstance(batch, PromptBatch):
+        count = len(prediction) // len(batch)
+        for i, (row, prompt) in enumerate(zip(batch.row_ids, batch.prompts, strict=True)):
+            yield {"row": row, "prompt": prompt, "completions": prediction[i * count : (i + 1) * count]}
+        return
+    assert isinstance(prediction, Tensor)
+    values = iter(prediction.tolist())
+    for row, completions in zip(batch.row_ids, batch.completion_lengths, strict=True):
+        yield {"row": row, "values": [next(values) for _ in completions]}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -125,6 +147,13 @@ def _trainer_command(name: str, arguments: list[str]) -> None:
     before, sys.argv = sys.argv, sys.argv[:1]
     try:
         RLHFCLI([name, *arguments])
+    except MisconfigurationException as error:
+        hint = (
+            "\nPPO clips by model.update.max_grad_norm and accumulates by model.update.micro_batch_size"
+            if "manual optimization" in str(error)
+            else ""
+        )
+        raise ValueError(f"{error}{hint}") from error
     finally:
         sys.argv = before
 

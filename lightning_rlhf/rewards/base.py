@@ -85,6 +85,10 @@ class Reward(nn.Module):
         """
         self._held = (*self._held, model.eval().requires_grad_(False))
 
+    def held(self) -> list[tuple[str, nn.Module]]:
+        """The frozen models of this reward and of those that it is made of, each with its reward's name."""
+        return [(r.name, model) for r in self.modules() if isinstance(r, Reward) for model in r._held]
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Reward":  # noqa: ANN401 - as in nn.Module
         for model in self._held:
             model._apply(fn, recurse)

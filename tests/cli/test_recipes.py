@@ -2,14 +2,36 @@ import json
 import resource
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
+
+from lightning_rlhf.algorithms import RewardModel
+from lightning_rlhf.data.packing import pack
+from lightning_rlhf.models import LoRA, Policy
+from lightning_rlhf.models.reward_export import export_reward_model
+from tests.algorithms.conftest import random_groups
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = {"sft": "sft_train.jsonl"}
 PREFERENCES = "preferences_train.jsonl"
-ALGORITHMS = {"sft": "SFT", "kto": "KTO", "reward_model": "RewardModel", "reward_ensemble": "RewardModel"}
+ALGORITHMS = {
+    "sft": "SFT",
+    "kto": "KTO",
+    "reward_model": "RewardModel",
+    "reward_ensemble": "RewardModel",
+    **dict.fromkeys(("ppo", "ppo_qlora", "rloo", "grpo"), "PPO"),
+}
+# What samples needs a reward, and short answers on two cores: 8 prompts, and so some optimizer steps a rollout.
+ONLINE = {
+    "ppo": ("--model.reward.model", "sandbox/reward-model"),
+    "ppo_qlora": ("--model.reward.model", "sandbox/reward-adapter"),
+    "rloo": ("--model.reward.model", "sandbox/reward-model"),
+    "grpo": ("--model.reward.function", "sandbox/my_rewards.py:accuracy"),
+}
+STEPS_OF_TWO_ROLLOUTS = {"ppo": 8, "ppo_qlora": 8, "rloo": 4, "grpo": 8}
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +48,34 @@ def sandbox(tmp_path_factory, llama_dir):
     for name, wanted in columns.items():
         picked = [{column: row[column] for column in wanted} for row in rows]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in picked))
+    save_reward(RewardModel(llama_dir), folder / "reward-model")
+    save_reward(RewardModel(Policy(llama_dir, lora=LoRA(r=2))), folder / "reward-adapter")
+    (folder / "my_rewards.py").write_text(
+        "def accuracy(completions, chosen):\n"
+        "    return [float(c[:1] == right[:1]) for c, right in zip(completions, chosen)]\n"
+    )
     return folder
+
+
+def save_reward(module, folder):
+    """A reward model as `export` writes it, after one step."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=folder.parent,
+    )
+    trainer.fit(module, DataLoader(random_groups(4, 2), batch_size=4, collate_fn=pack))
+    trainer.save_checkpoint(folder.parent / "reward.ckpt")
+    export_reward_model(folder.parent / "reward.ckpt", folder)
 
 
 @pytest.fixture
 def arguments(sandbox, tmp_path):
     """Arguments of a recipe with the tiny overlay and others."""
 
-    def make(recipe, *overlays, steps=2):
+    def make(recipe, *overlays, steps=None):
         (tmp_path / "sandbox").exists() or (tmp_path / "sandbox").symlink_to(sandbox)
         paths = [
             RECIPES / f"{recipe}.yaml",
@@ -45,10 +87,17 @@ def arguments(sandbox, tmp_path):
             "--data.train",
             f"sandbox/{DATA.get(recipe, PREFERENCES)}",
             "--trainer.max_steps",
-            steps,
+            steps or STEPS_OF_TWO_ROLLOUTS.get(recipe, 2),
+            *short_answers(recipe),
         ]
 
     return make
+
+
+def short_answers(recipe):
+    if recipe not in ONLINE:
+        return ()
+    return (*ONLINE[recipe], "--model.sampling.max_new_tokens", 6, "--data.batch_size", 8)
 
 
 def checkpoint(folder):
@@ -64,7 +113,8 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
     code, _, error = program("fit", *arguments(recipe, *overlays))
     assert code == 0, error[-2000:]
     saved = torch.load(checkpoint(tmp_path), weights_only=True)
-    assert saved["global_step"] == 2
+    steps = STEPS_OF_TWO_ROLLOUTS.get(recipe, 2)
+    assert saved["global_step"] == steps
     algorithm = ALGORITHMS.get(recipe, "DPO")
     assert saved["algorithm"] == algorithm
     assert "random_states" in saved
@@ -72,8 +122,10 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
         yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())["trainer"][
             "max_steps"
         ]
-        == 2
+        == steps
     )
+    if recipe in ONLINE:
+        assert saved["state_dict"]["_extra_state"] == {"num_rollouts": 2}
     code, printed, error = program("export", checkpoint(tmp_path), "--output", "out", "--merge")
     assert code == 0, error
     assert algorithm in printed
@@ -98,6 +150,103 @@ def test_doctor_shows_what_will_happen_and_saves_nothing(program, arguments, tmp
         assert text in printed
     assert ("base without its adapter" in printed) == (recipe in ("dpo", "kto"))
     assert [path.name for path in tmp_path.iterdir()] == ["sandbox"]
+
+
+@pytest.mark.parametrize(("recipe", "steps"), [("ppo_qlora", 4), ("ppo", 4), ("grpo", 4), ("rloo", 2)])
+def test_doctor_shows_a_rollout(program, arguments, tmp_path, recipe, steps):
+    code, printed, error = program("doctor", *arguments(recipe))
+    assert code == 0, error[-2000:]
+    for text in ("as the model sees it", "one rollout (thrown away)", "KL at step 0", "seconds a rollout"):
+        assert text in printed
+    assert f"{steps}: max_steps" in printed
+    roles = {
+        "ppo": ("policy ", "critic ", "reference ", "reward reward_model "),
+        "ppo_qlora": ("policy adapter", "value adapter", "critic ", "reward_reward_model adapter"),
+        "grpo": ("policy ", "reference ", "accuracy"),
+        "rloo": ("policy ", "reference ", "reward reward_model "),
+    }[recipe]
+    assert all(role in printed for role in roles)
+    assert [path.name for path in tmp_path.iterdir()] == ["sandbox"]
+
+
+def test_validation_and_prediction_of_what_samples(program, arguments, tmp_path):
+    words = [
+        *arguments("rloo"),
+        "--data.val",
+        "sandbox/preferences_train.jsonl",
+        "--trainer.limit_val_batches",
+        1,
+    ]
+    code, printed, error = program(
+        "validate", *words, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "."
+    )
+    assert code == 0, error[-2000:]
+    assert "val/objective/scores_greedy" in printed
+    (path,) = tmp_path.rglob("samples/step-0.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(8))
+    assert rows[0]["prompt"] == "tell me 0:"
+    assert all(row["kl"] == pytest.approx(0.0, abs=1e-5) for row in rows)
+    words = [*arguments("rloo"), "--data.predict", "sandbox/preferences_train.jsonl"]
+    code, _, error = program("predict", *words)
+    assert code == 0, error[-2000:]
+    (path,) = tmp_path.rglob("predictions.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(40))
+    assert all(len(line["completions"]) == 4 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.update.clip_rang", "unknown key 'clip_rang' in model.update (did you mean 'clip_range'?)"),
+        ("--model.kl.targett", "unknown key 'targett' in model.kl (did you mean 'target'?)"),
+        ("--model.sampling.max_tokens", "unknown key 'max_tokens' in model.sampling"),
+        ("--model.reward.modell", "unknown key 'modell' in model.reward"),
+        ("--model.estimator.lamb", "unknown key 'lamb' in model.estimator (did you mean 'lam'?)"),
+    ],
+)
+def test_a_typo_in_the_settings_of_a_rollout_is_named(program, flag, message):
+    code, _, error = program("fit", "--config", RECIPES / "ppo.yaml", flag, "0.5")
+    assert code == 2
+    assert message in error.splitlines()[0]
+
+
+def test_the_parts_of_ppo_are_chosen_by_flags(program):
+    flags = [
+        "--model.estimator",
+        "Reinforce",
+        "--model.estimator.baseline",
+        "false",
+        "--model.kl.target",
+        "6.0",
+    ]
+    flags += [
+        "--model.reward",
+        "FunctionReward",
+        "--model.reward.function",
+        "math:sqrt",
+        "--model.update.num_epochs",
+        "2",
+    ]
+    flags += ["--model.generator", "VLLMServerGenerator", "--model.generator.url", "http://localhost:1"]
+    code, printed, error = program("fit", "--config", RECIPES / "rloo.yaml", *flags, "--print_config")
+    assert code == 0, error
+    found = yaml.safe_load(printed)["model"]["init_args"]
+    assert found["estimator"]["class_path"].endswith(".Reinforce")
+    assert found["estimator"]["init_args"] == {"baseline": False}
+    assert found["reward"]["class_path"].endswith(".FunctionReward")
+    assert found["reward"]["init_args"]["function"] == "math:sqrt"
+    assert (found["kl"]["target"], found["update"]["num_epochs"]) == (6.0, 2)
+    assert found["generator"]["init_args"]["url"] == "http://localhost:1"
+
+
+def test_what_the_trainer_refuses_of_ppo_is_said(program, arguments):
+    code, _, error = program("fit", *arguments("rloo"), "--trainer.gradient_clip_val", 1.0)
+    assert code == 1
+    assert "gradient_clip_val" in error
+    assert "clips by model.update.max_grad_norm" in error
+    assert "Traceback" not in error
 
 
 def test_a_checkpoint_of_another_algorithm_is_refused(program, arguments, tmp_path):
