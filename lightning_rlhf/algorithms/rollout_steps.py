@@ -37,7 +37,7 @@ def require_whole_rollouts(trainer: L.Trainer, steps: int, *, varies: bool) -> N
         if every and steps % every and (varies or every % steps):
             wanted = "a number that varies" if varies else f"{steps} of them"
             raise ValueError(
-                f"ModelCheckpoint has every_n_train_steps {every}: that counts optimizer steps, a rollout takes {wanted}, "
+                f"ModelCheckpoint has every_n_train_steps {every}, of optimizer steps: a rollout takes {wanted}, "
                 "and a checkpoint falls between rollouts, so that most would be left out. Give "
                 + ("1" if varies else f"a multiple of {steps}, or 1")
                 + " (1 saves after every rollout), or every_n_epochs or train_time_interval"
