@@ -40,6 +40,7 @@ class Algorithm(L.LightningModule):
     """
 
     metric_names: tuple[str, ...] = ()
+    clip_remedy = "set gradient_clip_val"
     policy: LanguageModel
     tokenizer: PreTrainedTokenizerBase
     num_tokens: Total
@@ -94,15 +95,8 @@ class Algorithm(L.LightningModule):
                 schedule needs an end that the Trainer does not have.
         """
         self._refuse_half_precision_weights()
+        self._refuse_endless_schedule()
         optimizer = build_optimizer(self.named_parameters(), self.optimization)
-        if (
-            self.optimization.schedule != "constant"
-            and self.trainer.max_epochs == self.trainer.max_steps == -1
-        ):
-            raise ValueError(
-                f"schedule {self.optimization.schedule!r} needs the number of steps, and this Trainer has no end: set "
-                "max_steps or max_epochs, or choose optimization.schedule: constant"
-            )
         schedule = build_schedule(
             optimizer, self.optimization, lambda: self.trainer.estimated_stepping_batches
         )
@@ -120,6 +114,14 @@ class Algorithm(L.LightningModule):
                 f"precision {precision!r} with full fine-tuning rounds most updates away (at lr 1e-6 only 2% of the "
                 "weights move in 100 steps): use bf16-mixed, or LoRA, or set "
                 "optimization.allow_half_precision_weights: true"
+            )
+
+    def _refuse_endless_schedule(self) -> None:
+        endless = self.trainer.max_epochs == self.trainer.max_steps == -1
+        if endless and self.optimization.schedule != "constant":
+            raise ValueError(
+                f"schedule {self.optimization.schedule!r} needs the number of steps, and this Trainer has no end: set "
+                "max_steps or max_epochs, or choose optimization.schedule: constant"
             )
 
     # --- one optimizer step ---------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ class Algorithm(L.LightningModule):
         raise NonFiniteLossError(
             f"the loss is {loss} at step {self.global_step}, on rows {self._rows} of the training data; no weight was "
             f"changed by this step, and {last}. Lower optimization.lr, look at these rows with `lightning-rlhf "
-            "doctor`, or set gradient_clip_val"
+            f"doctor`, or {self.clip_remedy}"
         )
 
     def losses(self, batch: PackedBatch, stage: str) -> Tensor:
@@ -238,12 +240,12 @@ class Algorithm(L.LightningModule):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
-        """Everything but the frozen base and a reference model: both come from where they were loaded."""
+        """Everything but frozen bases and a reference model, which come from where they were loaded."""
         state = super().state_dict(*args, **kwargs)
         trained = {
             n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad or is_adapter(n)
         }
-        models = ("policy.", "reference.")
+        models = ("policy.", "reference.", "critic.model.")
         return {
             name: value for name, value in state.items() if name in trained or not name.startswith(models)
         }

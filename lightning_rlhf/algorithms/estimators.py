@@ -1,6 +1,7 @@
 """Advantage estimators: small frozen settings, each of which names functions of :mod:`lightning_rlhf.functional`."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -58,6 +59,25 @@ class Estimator:
         """Plain values that a checkpoint or a YAML file can hold."""
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": asdict(self)}
 
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> "Estimator":
+        """The estimator that :meth:`to_config` described; a class of this module may be named without it.
+
+        Raises:
+            TypeError: If the class is no estimator.
+
+        Example:
+            >>> Estimator.from_config(GRPO(scale=False).to_config())
+            GRPO(scale=False)
+            >>> Estimator.from_config({"class_path": "RLOO"})
+            RLOO()
+        """
+        module, _, name = config["class_path"].rpartition(".")
+        cls = getattr(importlib.import_module(module or __name__), name)
+        if not (isinstance(cls, type) and issubclass(cls, Estimator)):
+            raise TypeError(f"{config['class_path']} is no advantage estimator")
+        return cls(**(config.get("init_args") or {}))
+
 
 @dataclass(frozen=True)
 class GAE(Estimator):
@@ -76,6 +96,13 @@ class GAE(Estimator):
     whiten_rewards: bool = False
     bootstrap_truncated: bool = False
     needs_values: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse what can only be a slip."""
+        nothing = torch.zeros(0, 0)
+        RF.gae(
+            nothing, nothing, nothing.bool(), gamma=self.gamma, lam=self.lam
+        )  # refuse what is out of range
 
     def __call__(self, evidence: Evidence) -> Estimate:
         """Advantages and returns of every token."""

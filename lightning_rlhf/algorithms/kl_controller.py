@@ -31,6 +31,10 @@ class KLControl:
             raise ValueError(f"kl.coef must not be negative, and positive with a target, got {self.coef}")
         if self.target is not None and self.target <= 0:
             raise ValueError(f"kl.target must be positive, got {self.target}; null keeps kl.coef fixed")
+        if self.horizon <= 0:
+            raise ValueError(f"kl.horizon must be positive, got {self.horizon}")
+        if self.estimator not in ("k1", "exact"):
+            raise ValueError(f"kl.estimator must be k1 or exact, got {self.estimator!r}")
 
 
 class KLController(nn.Module):

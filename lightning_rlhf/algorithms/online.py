@@ -25,6 +25,19 @@ KL, K1, K3 = "objective/kl", "objective/kl_k1", "objective/kl_k3"
 GREEDY = "objective/scores_greedy"
 
 
+def require_prompts(batch: Any) -> None:  # noqa: ANN401 - whatever a loader gave
+    """Refuse a batch of other data than prompts.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    if not isinstance(batch, PromptBatch):
+        raise TypeError(
+            f"an algorithm that samples takes prompts, and the data gave a {type(batch).__name__}: use "
+            "PromptDataModule, which takes preference data as well, or a DataLoader with PromptCollator"
+        )
+
+
 class Online(Referenced):
     """Base of the algorithms that sample.
 
@@ -62,6 +75,11 @@ class Online(Referenced):
         generator: Generator | None,
         seed: int,
     ) -> None:
+        if not isinstance(reward, Reward):
+            raise TypeError(
+                f"reward must be a Reward, got {type(reward).__name__}: put a function into rewards.FunctionReward, "
+                "and a reward model's path into rewards.RewardModelReward"
+            )
         # Before the base class makes the metrics; plain values need no module.
         self._reward_parts = tuple(f"rewards/{name}" for name in reward.part_names)
         super().__init__(policy, tokenizer, optimization, reference, precompute_reference=False, cache_dir="")
@@ -89,6 +107,7 @@ class Online(Referenced):
 
     def sample(self, batch: PromptBatch, sampling: Sampling | None = None) -> Rollout:
         """Sample completions of prompts, seeded by rollout and row."""
+        require_prompts(batch)
         self._began = time.perf_counter()
         seeds = prompt_seeds(self.seed, self.num_rollouts, batch.row_ids)
         rollout = sample_rollout(
@@ -170,9 +189,10 @@ class Online(Referenced):
         greedy = self.sample(batch, replace(self.sampling, num_samples=1, temperature=0.0))
         scores = self.score(stage, sampled.samples)
         greedy_scores = score(self.reward, greedy.samples).total
-        packed = next(sampled.in_order(None)).to(self.device)
-        known = self.compare(self.policy.hidden_states(packed), packed)
-        kl = self.record_rollout(stage, sampled, scores, known._asdict())
+        batches = (packed.to(self.device) for packed in sampled.in_order(self.sampling.batch_size))
+        parts = [self.compare(self.policy.hidden_states(packed), packed) for packed in batches]
+        known = dict(zip(TokenComparison._fields, map(torch.cat, zip(*parts, strict=True)), strict=True))
+        kl = self.record_rollout(stage, sampled, scores, known)
         self.record_values(stage, {GREEDY: greedy_scores})
         for i, prompt in enumerate(sampled.samples.prompts):
             self.last_validation.append(

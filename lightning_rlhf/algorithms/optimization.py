@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule by name."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,14 +50,14 @@ class Optimization:
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     settings: Optimization,
-    rates: Mapping[str, float] | None = None,
+    lr_of: Callable[[str], float] | None = None,
 ) -> Optimizer:
     """An optimizer over the parameters that require gradients.
 
     Args:
         parameters: Names and parameters.
         settings: See :class:`Optimization`.
-        rates: Other learning rates, by a part of the names that they are for.
+        lr_of: The learning rate of the parameter of a name; by default that of the settings.
 
     Returns:
         The optimizer; for each rate, one group that decays and one that does not.
@@ -68,7 +68,7 @@ def build_optimizer(
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            lr = next((rate for part, rate in (rates or {}).items() if part in name), settings.lr)
+            lr = settings.lr if lr_of is None else lr_of(name)
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
             grouped.setdefault((lr, decay), []).append(parameter)
     if not grouped:
@@ -124,11 +124,19 @@ def rate_factor(step: int, num_steps: float, settings: Optimization) -> float:
     Returns:
         A number in [0, 1].
 
+    Raises:
+        ValueError: If the number of steps is infinite: the Trainer has no end, or the data no length.
+
     Example:
         >>> settings = Optimization(schedule="linear", warmup_ratio=0.2)
         >>> [rate_factor(step, 10, settings) for step in (1, 2, 6, 10)]
         [0.5, 1.0, 0.5, 0.0]
     """
+    if math.isinf(num_steps):
+        raise ValueError(
+            f"schedule {settings.schedule!r} needs the number of steps, and this run has no end, or its data no "
+            "length: set max_steps, or choose optimization.schedule: constant"
+        )
     warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step < warmup:
         return step / warmup

@@ -16,13 +16,15 @@ from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.base import plain
 from lightning_rlhf.algorithms.estimators import GAE, Estimate, Estimator, Evidence
 from lightning_rlhf.algorithms.kl_controller import KLControl, KLController
-from lightning_rlhf.algorithms.online import Online
+from lightning_rlhf.algorithms.online import Online, require_prompts
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.rollout import Micro, Rollout, shuffled
+from lightning_rlhf.algorithms.rollout_steps import require_whole_rollouts, total_steps
 from lightning_rlhf.data import PromptBatch
+from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.generation import Generator, Sampling
 from lightning_rlhf.models import Policy
-from lightning_rlhf.models.critic import VALUE_ADAPTER, Critic, CriticKind
+from lightning_rlhf.models.critic import Critic, CriticKind, is_critic
 from lightning_rlhf.models.settings import from_plain
 from lightning_rlhf.rewards import Reward
 
@@ -68,6 +70,15 @@ class Update:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"update.{name} must be at least 1, got {value}")
+        for name in ("max_grad_norm", "max_approx_kl", "importance_cap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"update.{name} must be positive, got {value}; null sets no limit")
+        for name in ("value_coef", "entropy_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"update.{name} must not be negative, got {getattr(self, name)}")
+        if self.average not in ("tokens", "sequences"):
+            raise ValueError(f"update.average must be tokens or sequences, got {self.average!r}")
         RF.ppo_policy_loss(*torch.zeros(3, 0), clip_range=self.clip_range)  # refuse what is out of range
         RF.ppo_value_loss(*torch.zeros(3, 0), value_clip_range=self.value_clip_range)
 
@@ -107,6 +118,7 @@ class PPO(Online):
         seed: Of sampling and of the order of minibatches.
     """
 
+    clip_remedy = "lower update.max_grad_norm"
     rollout_metrics = (
         *Online.rollout_metrics,
         "objective/kl_coef",
@@ -138,10 +150,14 @@ class PPO(Online):
     ) -> None:
         super().__init__(policy, reward, tokenizer, sampling, optimization, reference, generator, seed)
         self.automatic_optimization = False
-        self.estimator = estimator or GAE()
+        self.estimator = (
+            Estimator.from_config(estimator) if isinstance(estimator, Mapping) else estimator or GAE()
+        )
         self.update = from_plain(Update, update) or Update()
         self.critic_kind: CriticKind | None = critic
         self._ratio_checked = False
+        if value_lr is not None and value_lr <= 0:
+            raise ValueError(f"value_lr must be positive, got {value_lr}; null takes optimization.lr")
         self.value_lr = value_lr
         self.rollout_size = 0
         self.kl = KLController(from_plain(KLControl, kl) or KLControl())
@@ -194,12 +210,17 @@ class PPO(Online):
         self.kl.update(self.mean_over_ranks(kl).item(), len(rollout) * self.trainer.world_size)
         self.finish_rollout(rollout)
 
+    def in_order(self, rollout: Rollout) -> Iterator[PackedBatch]:
+        """A rollout in forwards of bounded size, as while it is learned from, but for prompts that stay whole."""
+        size = self.update.micro_batch_size or self.update.minibatch_size
+        for batch in rollout.in_order(size, self.update.micro_batch_tokens):
+            yield batch.to(self.device)
+
     @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> dict[str, Tensor]:
         """What policy, reference and critic say of every token before anything is learned, each ``(M,)``."""
         parts: list[dict[str, Tensor]] = []
-        for batch in rollout.in_order(self.update.micro_batch_size):
-            batch = batch.to(self.device)
+        for batch in self.in_order(rollout):
             hidden = self.policy.hidden_states(batch)
             found = self.compare(hidden, batch)
             parts.append(found._asdict())
@@ -242,8 +263,7 @@ class PPO(Online):
         """The critic's value after the last token of completions that were cut off, ``(N,)``."""
         if not (isinstance(self.estimator, GAE) and self.estimator.bootstrap_truncated):
             return None
-        batches = (b.to(self.device) for b in rollout.in_order(self.update.micro_batch_size))
-        values = torch.cat([self.critic.at_ends(batch) for batch in batches])
+        values = torch.cat([self.critic.at_ends(batch) for batch in self.in_order(rollout)])
         return values * torch.tensor(rollout.samples.truncated, device=values.device)
 
     def optimise(
@@ -324,7 +344,7 @@ class PPO(Online):
         self.manual_backward(self.step_mean(losses, batch))
         return moved
 
-    def value_losses(self, batch: Any, hidden: Tensor, known: Mapping[str, Tensor]) -> Tensor:  # noqa: ANN401
+    def value_losses(self, batch: PackedBatch, hidden: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         """The critic's loss of every token, ``(M,)``."""
         values = self.critic(batch, hidden)
         arguments = (known["values"], known["returns"])
@@ -371,19 +391,26 @@ class PPO(Online):
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
         """AdamW over the policy, and over the critic with a learning rate of its own."""
         self._refuse_half_precision_weights()
-        rates = (
-            {} if self.value_lr is None else {"critic.": self.value_lr, f".{VALUE_ADAPTER}.": self.value_lr}
+        self._refuse_endless_schedule()
+        lr = self.optimization.lr
+        value_lr = lr if self.value_lr is None else self.value_lr
+        optimizer = build_optimizer(
+            self.named_parameters(), self.optimization, lambda name: value_lr if is_critic(name) else lr
         )
-        optimizer = build_optimizer(self.named_parameters(), self.optimization, rates)
-        schedule = build_schedule(optimizer, self.optimization, self.total_steps)
+        schedule = build_schedule(
+            optimizer, self.optimization, lambda: total_steps(self.trainer, self.steps_of(self.rollout_size))
+        )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def total_steps(self) -> float:
-        """Optimizer steps of the whole run, where the Trainer has an end."""
-        trainer = self.trainer
-        steps = float("inf") if trainer.max_steps == -1 else trainer.max_steps
-        if trainer.max_epochs is not None and trainer.max_epochs != -1:
-            minibatches = -(-self.rollout_size // self.update.minibatch_size)
-            rollouts = trainer.num_training_batches * trainer.max_epochs
-            steps = min(steps, rollouts * self.update.num_epochs * minibatches)
-        return steps
+    def steps_of(self, size: int) -> int:
+        """Optimizer steps of a rollout of so many completions, where no epoch is left out."""
+        return self.update.num_epochs * -(-size // self.update.minibatch_size)
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Before the first rollout: whether the Trainer counts in whole ones."""
+        require_prompts(batch)
+        if self.rollout_size == 0:
+            varies = self.update.max_approx_kl is not None
+            steps = self.steps_of(len(batch) * self.sampling.num_samples)
+            steps = steps // self.update.num_epochs if varies else steps
+            require_whole_rollouts(self.trainer, steps, varies=varies)

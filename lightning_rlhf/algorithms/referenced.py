@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -57,15 +58,16 @@ class Referenced(Algorithm):
 
     def on_policy_loaded(self) -> None:
         """Make the reference from the untrained policy, where one is needed, and switch dropout off in both."""
-        disable_dropout(self.policy)
-        if not self.needs_reference:
-            return
-        if self.reference_settings is not None:
-            self.reference = Reference(load_language_model(self.reference_settings), kind="model")
-        elif self.reference_cache is None:
-            self.reference = Reference(self.policy)
-        else:
-            self.reference_cache.remember(self.policy)
+        if self.needs_reference:
+            if self.reference_settings is not None:
+                other = load_language_model(self.reference_settings)
+                self.reference = Reference(self.policy, model=other)
+            elif self.reference_cache is None:
+                self.reference = Reference(self.policy)
+            else:
+                self.reference_cache.remember(self.policy)
+        # Last: an adapter or a model that the reference brings has a dropout of its own.
+        disable_dropout(self)
 
     def on_fit_start(self) -> None:
         """Precompute the reference's log-probabilities, where asked."""
@@ -83,6 +85,8 @@ class Referenced(Algorithm):
 
     def _assert_equal_at_start(self, logps: Tensor, ref_logps: Tensor, batch: PackedBatch) -> None:
         """At step 0 policy and reference are the same model, so every log-ratio is 0 up to rounding."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return  # the policy may come from a checkpoint, and global_step does not
         self._checked = True
         if self.reference_settings is not None or self.global_step > 0:
             return

@@ -71,16 +71,23 @@ class Rollout:
         parts = {name: values.split(self.lengths) for name, values in tokens.items()}
         return Micro(pack(groups), {n: torch.cat([split[i] for i in order]) for n, split in parts.items()})
 
-    def in_order(self, size: int | None) -> Iterator[PackedBatch]:
-        """All completions in their order, whole prompts at a time, about ``size`` completions a batch."""
+    def in_order(self, size: int, budget: int | None = None) -> Iterator[PackedBatch]:
+        """All completions in their order, whole prompts at a time.
+
+        Args:
+            size: Completions a batch at most, but for one prompt that has more.
+            budget: Tokens a batch at most, likewise.
+        """
         chunk: list[PromptGroup] = []
-        count = 0
+        count = total = 0
         for group in self.groups:
-            if chunk and size is not None and count + len(group.completions) > size:
+            tokens = len(group.prompt) + sum(map(len, group.completions))
+            full = count + len(group.completions) > size or (budget is not None and total + tokens > budget)
+            if chunk and full:
                 yield pack(chunk)
-                chunk, count = [], 0
+                chunk, count, total = [], 0, 0
             chunk.append(group)
-            count += len(group.completions)
+            count, total = count + len(group.completions), total + tokens
         yield pack(chunk)
 
 
@@ -106,11 +113,18 @@ def sample_rollout(
         The rollout.
 
     Raises:
-        ValueError: If a prompt has no token, or a completion came back empty.
+        ValueError: If a prompt has no token or leaves no room for ``max_new_tokens``, or a completion came back empty.
     """
+    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     for row, ids in zip(batch.row_ids, batch.prompt_ids, strict=True):
         if not ids:
             raise ValueError(f"row {row}: the prompt has no token; give it a start token")
+        if room is not None and len(ids) + sampling.max_new_tokens > room:
+            raise ValueError(
+                f"row {row}: the prompt has {len(ids)} tokens, and with sampling.max_new_tokens "
+                f"({sampling.max_new_tokens}) that is more than the {room} positions of the policy: lower it, or set "
+                "the data's max_prompt_length"
+            )
     drawn = list(generator.generate(policy, tokenizer, batch.prompt_ids, sampling, seeds=seeds))
     for row, completions in zip(batch.row_ids, drawn, strict=True):
         if not all(len(one.tokens) for one in completions):

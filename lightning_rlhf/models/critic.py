@@ -2,20 +2,38 @@
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import PeftModel
 from torch import Tensor, nn
 
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.adapters import add_adapter
-from lightning_rlhf.models.language_model import LanguageModel, disable_dropout, freeze_vocabulary_head
+from lightning_rlhf.models.language_model import (
+    LanguageModel,
+    disable_dropout,
+    freeze_vocabulary_head,
+    is_adapter,
+)
 from lightning_rlhf.models.loading import POLICY_ADAPTER, load_language_model
 from lightning_rlhf.models.scorer import Head
 from lightning_rlhf.models.settings import Policy
 
 VALUE_ADAPTER = "value"
 CriticKind = Literal["adapter", "head", "model"]
+
+
+def is_critic(name: str) -> bool:
+    """Whether an algorithm's parameter of this name is the critic's: its head, its model, or its adapter.
+
+    Example:
+        >>> is_critic("critic.head.weight"), is_critic("policy.model.q_proj.lora_A.value.weight")
+        (True, True)
+        >>> is_critic("policy.model.attention.value.lora_A.default.weight")
+        False
+    """
+    adapter = name.rpartition(".lora_")[2] if is_adapter(name) else ""
+    return name.startswith("critic.") or f".{VALUE_ADAPTER}." in adapter
 
 
 class Critic(nn.Module):
@@ -33,7 +51,7 @@ class Critic(nn.Module):
         settings: Of the policy, to load a model of the same weights; None for a built one, which is copied.
 
     Raises:
-        ValueError: If an adapter is asked for beside a policy without one.
+        ValueError: If there is no such kind, or an adapter is asked for beside a policy without one.
     """
 
     def __init__(
@@ -42,6 +60,8 @@ class Critic(nn.Module):
         super().__init__()
         has_adapter = isinstance(policy.model, PeftModel)
         self.kind: CriticKind = kind or ("adapter" if has_adapter else "model")
+        if self.kind not in get_args(CriticKind):
+            raise ValueError(f"critic must be one of {', '.join(get_args(CriticKind))}, got {kind!r}")
         self.head = Head(policy.config.get_text_config().hidden_size, std=0.0, bias=True)
         self._policy = (policy,)  # seen, not owned
         if self.kind == "model":
@@ -56,6 +76,7 @@ class Critic(nn.Module):
                     "or 'head', or give policy.lora"
                 )
             add_adapter(policy.model, VALUE_ADAPTER, policy.model.peft_config[POLICY_ADAPTER], trainable=True)
+            disable_dropout(policy)  # the policy's own is off; a new adapter brings its own
 
     def _model(self) -> tuple[LanguageModel, AbstractContextManager[Any]]:
         (policy,) = self._policy

@@ -33,21 +33,27 @@ class Reference(nn.Module):
     Args:
         policy: The policy as it is before the first step; ``adapter`` and ``model`` copy it now.
         kind: How it is made; by default what fits the policy.
+        model: Another model as the reference; it is frozen and not copied, and the kind is ``model``.
 
     Raises:
         ValueError: If the kind does not fit the policy.
     """
 
-    def __init__(self, policy: LanguageModel, kind: ReferenceKind | None = None) -> None:
+    def __init__(
+        self,
+        policy: LanguageModel,
+        kind: ReferenceKind | None = None,
+        model: LanguageModel | None = None,
+    ) -> None:
         super().__init__()
-        fitting = reference_kind(policy)
+        fitting = "model" if model is not None else reference_kind(policy)
         if kind not in (None, "model", "policy", fitting):
             raise ValueError(f"reference {kind!r} does not fit this policy, whose reference is {fitting!r}")
         self.kind: ReferenceKind = kind or fitting
         # The policy is seen, not owned: it must not appear twice among the parameters.
         self._policy = (policy,)
         if self.kind == "model":
-            self.model = copy.deepcopy(policy).requires_grad_(False)
+            self.model = (copy.deepcopy(policy) if model is None else model).requires_grad_(False)
         elif self.kind == "adapter" and isinstance(policy.model, PeftModel):
             copy_adapter(policy.model, REFERENCE_ADAPTER, trainable=False)
 

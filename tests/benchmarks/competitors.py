@@ -1,8 +1,8 @@
-"""The steps that are compared: ours in a Lightning Trainer, ours in a bare loop, and TRL's in its settings."""
+"""Our side of what is compared: a step in a Lightning Trainer, and one in a bare loop."""
 
-import copy
+import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,37 +10,31 @@ import torch
 from torch import Tensor
 
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
-from tests.benchmarks.workload import BETA, LEARNING_RATE, Task, llama
+from tests.benchmarks.workload import BETA, LEARNING_RATE, Task, llama, score_weights
 
 # After each step: loss summed over the batch, and tokens in a forward pass, padding included.
 Report = tuple[float, int]
 Groups = list[PromptGroup]
 NextBatch = Callable[[Callable[[Groups], Any]], Any]
 
-# TRL 1.16 with what makes it slower switched off. ``padding_free`` is refused by its DPO ("temporarily unavailable").
-TRL_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "dpo": {
-        "padded, sdpa": {},
-        "padded, eager attention": {"attention": "eager"},
-        "padded, sdpa, activation checkpointing": {"activation_checkpointing": True},
-    },
-    "sft": {
-        "padded, sdpa": {},
-        "padding_free, sdpa": {"padding_free": True, "max_length": None},
-        "packing bfd 1024, sdpa": {"packing": True, "packing_strategy": "bfd"},
-        "packing wrapped 512, sdpa (documents see each other)": {
-            "packing": True,
-            "packing_strategy": "wrapped",
-            "max_length": 512,
-        },
-    },
-}
-
 
 def ours_in_a_trainer(
-    task: Task, precision: str, next_batch: NextBatch, done: Callable[[Report], None]
+    task: Task,
+    precision: str,
+    next_batch: NextBatch,
+    done: Callable[[Report], None],
+    *,
+    apart: bool = False,
 ) -> None:
-    """Run :class:`DPO` or :class:`SFT` in a stock Trainer; a step ends where the Trainer asks for the next batch."""
+    """Run an algorithm in a stock Trainer; a step ends where the Trainer asks for the next batch.
+
+    Args:
+        task: Which algorithm.
+        precision: Of the Trainer.
+        next_batch: Waits for groups, and returns what it is told to make of them.
+        done: Told of every step.
+        apart: Every comparison of a ranked group as a pair of its own; the losses are then per prompt all the same.
+    """
     import lightning as L
     from torch.utils.data import DataLoader, Dataset
 
@@ -50,14 +44,15 @@ def ours_in_a_trainer(
         """A batch as soon as it is asked for from outside; with a length, so that the Trainer never reads ahead."""
 
         waiting = 0
+        weight = 1.0
 
         def __len__(self) -> int:
             return 1_000_000
 
         def __getitem__(self, index: int) -> PackedBatch:
             if self.waiting:
-                done((float(module.last_loss), self.waiting))
-            batch = next_batch(pack)
+                done((float(module.last_loss) / self.weight, self.waiting))
+            batch, self.weight = next_batch(_pairs_apart if apart else _together)
             self.waiting = len(batch.input_ids)
             return batch
 
@@ -87,7 +82,7 @@ def ours_in_a_bare_loop(
     from lightning_rlhf.objectives import Completions
 
     module = _module(task)
-    optimizer = _adamw(module.policy)
+    optimizer = adamw(module.policy)
 
     def loss_of(batch: PackedBatch) -> Tensor:
         tokens = module.policy(batch, with_entropy=True)
@@ -107,39 +102,18 @@ def ours_in_a_bare_loop(
         done((loss.item(), len(batch.input_ids)))
 
 
-def trl_step(
-    task: Task, precision: str, setting: str, next_batch: NextBatch, done: Callable[[Report], None]
-) -> None:
-    """TRL's ``compute_loss``, backward and the same optimizer, in one of its settings."""
-    from trl.trainer.utils import disable_dropout_in_model
+def _together(groups: Groups) -> tuple[PackedBatch, float]:
+    return pack(groups), 1.0
 
-    settings = dict(TRL_SETTINGS[task][setting])
-    model: Any = llama()
-    model.set_attn_implementation(settings.pop("attention", "sdpa"))
-    trainer = _trl_trainer(task, model, precision, settings)
-    disable_dropout_in_model(model)
-    model.train()
-    wrapped = trainer.accelerator.prepare_model(model)
-    optimizer = _adamw(model)
-    rows_of = _pairs if task == "dpo" else _demonstrations
 
-    def collate(groups: Groups) -> tuple[dict[str, Any], int]:
-        rows = rows_of(groups)
-        if settings.get("packing"):
-            rows = _packed(rows, trainer.args)
-        # TRL's loss is a mean, ours a sum that the optimizer's hook divides: reported alike.
-        count = len(groups) if task == "dpo" else sum(len(c) for g in groups for c in g.completions)
-        return trainer._prepare_inputs(trainer.data_collator(rows)), count
-
-    while True:
-        inputs, count = next_batch(collate)
-        num_tokens = inputs["input_ids"].numel()
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(wrapped, inputs)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        done((loss.item() * count, num_tokens))
+def _pairs_apart(groups: Groups) -> tuple[PackedBatch, float]:
+    """All pairs of ranked groups, and how many comparisons a prompt has, by which our loss divides."""
+    pairs = [
+        PromptGroup(group.prompt, pair, row_id=group.row_id)
+        for group in groups
+        for pair in itertools.combinations(group.completions, 2)
+    ]
+    return pack(pairs), len(pairs) / len(groups)
 
 
 def _same(batch: PackedBatch) -> PackedBatch:
@@ -150,13 +124,13 @@ def _autocast(precision: str) -> Any:
     return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
 
 
-def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
 def _module(task: Task) -> Any:
-    from lightning_rlhf.algorithms import DPO, SFT, Optimization
+    from lightning_rlhf.algorithms import DPO, KTO, SFT, Optimization, RewardModel
     from lightning_rlhf.objectives import Sigmoid
     from tests.tokenizers import letters
 
@@ -164,57 +138,10 @@ def _module(task: Task) -> Any:
     model: Any = llama()
     if task == "sft":
         return SFT(model, letters(), optimization=optimization)
+    if task == "kto":
+        return KTO(model, letters(), beta=BETA, optimization=optimization)
+    if task in ("reward", "ranked"):
+        module = RewardModel(model, letters(), optimization=optimization)
+        module.ensemble.heads[0].weight.data.copy_(score_weights())
+        return module
     return DPO(model, letters(), objective=Sigmoid(beta=BETA), optimization=optimization)
-
-
-def _trl_trainer(task: Task, model: Any, precision: str, settings: dict[str, Any]) -> Any:
-    import trl
-    from datasets import Dataset
-
-    from tests.tokenizers import letters
-
-    common = {
-        "output_dir": tempfile.mkdtemp(prefix="benchmark-"),
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": precision == "bf16-mixed",
-        "activation_checkpointing": False,
-        "save_strategy": "no",
-        "per_device_train_batch_size": 8,
-        **settings,
-    }
-    if task == "dpo":
-        rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-        args = trl.DPOConfig(beta=BETA, **common)
-        reference = copy.deepcopy(model).requires_grad_(False)
-        return trl.DPOTrainer(model, reference, args=args, train_dataset=rows, processing_class=letters())
-    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
-    args = trl.SFTConfig(**common)
-    return trl.SFTTrainer(model, args=args, train_dataset=rows, processing_class=letters())
-
-
-def _pairs(groups: Groups) -> list[dict[str, Any]]:
-    return [
-        {"prompt_ids": g.prompt, "chosen_ids": g.completions[0], "rejected_ids": g.completions[1]}
-        for g in groups
-    ]
-
-
-def _demonstrations(groups: Groups) -> list[dict[str, Any]]:
-    return [
-        {
-            "input_ids": [*g.prompt, *g.completions[0]],
-            "labels": [-100] * len(g.prompt) + list(g.completions[0]),
-        }
-        for g in groups
-    ]
-
-
-def _packed(rows: list[dict[str, Any]], args: Any) -> list[dict[str, Any]]:
-    import trl
-    from datasets import Dataset
-
-    packed: Iterator[dict[str, Any]] = iter(
-        trl.pack_dataset(Dataset.from_list(rows), args.max_length, args.packing_strategy)
-    )
-    return list(packed)

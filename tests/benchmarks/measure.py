@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from lightning_rlhf.data.packing import pack
-from tests.benchmarks.competitors import TRL_SETTINGS
+from tests.benchmarks.trl_side import TRL_SETTINGS
 from tests.benchmarks.worker import Spec, Step, Worker
-from tests.benchmarks.workload import FORWARD, TRAINED, Task, Workload, load, model_flops
+from tests.benchmarks.workload import Task, Workload, load, model_flops, ranked
 
 MATMUL_SIZE = 2_048
-PRECISIONS: dict[Task, list[str]] = {"dpo": ["32-true", "bf16-mixed"], "sft": ["32-true"]}
+PRECISIONS: dict[Task, list[str]] = {
+    "dpo": ["32-true", "bf16-mixed"],
+    "sft": ["32-true"],
+    "reward": ["32-true"],
+    "kto": ["32-true"],
+}
+SAME_WORK = {"32-true": 1e-3, "bf16-mixed": 2e-2}
+"""How far losses may differ, relatively: the second step's already depends on the first one's gradient."""
+RANKED_SIZES, RANKED_BATCH_SIZE = (4, 8), 2
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,14 @@ class Settings:
         steps: Measured steps a competitor, after one to warm up.
         threads: Of every process, one of which computes at a time.
         verbose: Show what the competitors print.
+        quick: Take the first of TRL's settings, instead of trying which is fastest.
     """
 
     assets: Path
     steps: int
     threads: int
     verbose: bool
+    quick: bool
 
 
 Result = dict[str, Any]
@@ -39,12 +49,15 @@ Result = dict[str, Any]
 def run(settings: Settings, only: str | None, precision: str | None) -> list[Result]:
     """Every part, or one."""
     results = []
-    for task in ("dpo", "sft"):
+    for task in PRECISIONS:
         if only in (None, task):
             workload = load(task, settings.assets, settings.steps + 1)
             for each in PRECISIONS[task]:
                 if precision in (None, each):
                     results.append(compare(settings, workload, each))
+    if only in (None, "ranked"):
+        pairs = load("reward", settings.assets, settings.steps + 1)
+        results += [rank(settings, ranked(pairs, size, RANKED_BATCH_SIZE)) for size in RANKED_SIZES]
     if only in (None, "overhead"):
         results.append(overhead(settings, load("dpo", settings.assets, 2 * settings.steps + 1)))
     return results
@@ -56,9 +69,9 @@ def compare(settings: Settings, workload: Workload, precision: str) -> Result:
     matmul = Matmul(settings.threads)
     ours, theirs = _start(settings, workload, precision, "ours"), _start(settings, workload, precision, best)
     steps = _interleave(f"{workload.task} {precision}", workload, [ours, theirs], matmul)
-    a, b = steps["ours"], steps[best]
-    passes = TRAINED + FORWARD if workload.task == "dpo" else TRAINED
-    flops = [model_flops(pack(groups), passes) for groups in workload.batches[1:]]
+    _assert_same_work(steps, SAME_WORK[precision])
+    a, b = steps["ours"][1:], steps[best][1:]
+    flops = [model_flops(pack(groups), workload.task) for groups in workload.batches[1:]]
     shares = [f / s.seconds / m for f, s, m in zip(flops, a, matmul.rates[1:], strict=True)]
     return {
         "task": workload.task,
@@ -69,7 +82,7 @@ def compare(settings: Settings, workload: Workload, precision: str) -> Result:
         "token_ratio": sum(y.tokens for y in b) / sum(x.tokens for x in a),
         "matmul_share": _median(shares),
         "matmul_flops": statistics.median(matmul.rates),
-        "largest_loss_difference": max(abs(x.loss - y.loss) / abs(y.loss) for x, y in zip(a, b, strict=True)),
+        "largest_loss_difference": _largest_difference(steps),
         "ours": _summary(a),
         "trl": _summary(b),
     }
@@ -79,7 +92,7 @@ def overhead(settings: Settings, workload: Workload) -> Result:
     """Our step in a Trainer beside the same forward, loss, backward and optimizer in a bare loop."""
     workers = [_start(settings, workload, "32-true", name) for name in ("ours", "bare")]
     steps = _interleave("overhead", workload, workers)
-    a, b = steps["ours"], steps["bare"]
+    a, b = steps["ours"][1:], steps["bare"][1:]
     return {
         "task": "overhead",
         "overhead": _median(x.seconds / y.seconds for x, y in zip(a, b, strict=True)) - 1,
@@ -90,9 +103,30 @@ def overhead(settings: Settings, workload: Workload) -> Result:
     }
 
 
+def rank(settings: Settings, workload: Workload) -> Result:
+    """Ranked groups beside all their pairs apart, in the same module and Trainer."""
+    workers = [_start(settings, workload, "32-true", name) for name in ("ours", "apart")]
+    size = len(workload.batches[0][0].completions)
+    steps = _interleave(f"ranked, {size} completions", workload, workers)
+    _assert_same_work(steps, SAME_WORK["32-true"])
+    a, b = steps["ours"][1:], steps["apart"][1:]
+    return {
+        "task": "ranked",
+        "num_completions": size,
+        "num_prompts": len(workload.batches[0]),
+        "cost": _median(x.seconds / y.seconds for x, y in zip(a, b, strict=True)),
+        "token_ratio": sum(y.tokens for y in b) / sum(x.tokens for x in a),
+        "largest_loss_difference": _largest_difference(steps),
+        "ours": _summary(a),
+        "apart": _summary(b),
+    }
+
+
 def _best_setting(settings: Settings, workload: Workload, precision: str) -> tuple[str, dict[str, Any]]:
     """Two steps of each of TRL's settings, one after the other; the second counts."""
     tried: dict[str, Any] = {}
+    if settings.quick:
+        return next(iter(TRL_SETTINGS[workload.task])), tried
     sizes = [sum(len(g.prompt) for g in batch) for batch in workload.batches]
     typical = workload.batches[sizes.index(statistics.median_low(sizes))]
     for name in TRL_SETTINGS[workload.task]:
@@ -116,7 +150,7 @@ def _start(settings: Settings, workload: Workload, precision: str, name: str) ->
 def _interleave(
     title: str, workload: Workload, workers: list[Worker], matmul: "Matmul | None" = None
 ) -> dict[str, list[Step]]:
-    """Every batch by every worker in turn, the order changing; the first batch warms up."""
+    """Every batch by every worker in turn, the order changing; the first step warms up."""
     steps: dict[str, list[Step]] = {worker.name: [] for worker in workers}
     try:
         for at, batch in enumerate(workload.batches):
@@ -129,7 +163,23 @@ def _interleave(
     finally:
         for worker in workers:
             worker.close()
-    return {name: done[1:] for name, done in steps.items()}
+    return steps
+
+
+def _largest_difference(steps: dict[str, list[Step]]) -> float:
+    """Of the losses of two competitors, relatively, over all steps."""
+    ours, theirs = steps.values()
+    return max(abs(x.loss - y.loss) / abs(y.loss) for x, y in zip(ours, theirs, strict=True))
+
+
+def _assert_same_work(steps: dict[str, list[Step]], tolerance: float) -> None:
+    """Refuse to compare times where the losses differ, in the first step or later."""
+    difference = _largest_difference(steps)
+    if not difference <= tolerance:
+        losses = {name: [step.loss for step in done] for name, done in steps.items()}
+        raise RuntimeError(
+            f"not the same work: losses differ by {difference:.2g} (allowed {tolerance}): {losses}"
+        )
 
 
 class Matmul:

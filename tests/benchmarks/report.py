@@ -4,7 +4,12 @@ from typing import Any
 
 from tests.benchmarks.workload import BATCH_SIZE
 
-TITLES = {"dpo": "DPO, hh_helpful", "sft": "SFT, gsm8k"}
+TITLES = {
+    "dpo": "DPO, hh_helpful",
+    "sft": "SFT, gsm8k",
+    "reward": "RewardModel, hh_helpful",
+    "kto": "KTO, hh_helpful unpaired",
+}
 HEADER = (
     "what",
     "precision",
@@ -21,11 +26,12 @@ HEADER = (
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """A table with a row for each comparison, ours before TRL's in every cell that has two."""
-    rows = [_compared(result) if result["task"] in TITLES else _overhead(result) for result in results]
+    rows = [ROWS.get(result["task"], _compared)(result) for result in results]
     lines = [HEADER, tuple("---" for _ in HEADER), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     note = (
-        f"Batches of {BATCH_SIZE}, the same for both; where a cell has two numbers, ours comes first. `faster` is the "
+        f"Batches of {BATCH_SIZE} (of 2 prompts where ranked), the same for both; where a cell has two "
+        "numbers, ours comes first. `faster` is the "
         "median over steps of TRL's time over ours, `tokens saved` its tokens over ours. `of a matmul`: model FLOPs a "
         "second, recomputation not counted, over those of a large float32 matrix product."
     )
@@ -58,3 +64,21 @@ def _overhead(result: dict[str, Any]) -> tuple[str, ...]:
         seconds,
         *(["–"] * (len(HEADER) - 4)),
     )
+
+
+def _ranked(result: dict[str, Any]) -> tuple[str, ...]:
+    ours, apart = result["ours"], result["apart"]
+    return (
+        f"{result['num_completions']} ranked answers in a group / their pairs apart",
+        "32-true",
+        f"{1 / result['cost']:.1f}×, {result['cost']:.0%} of the cost",
+        f"{ours['median_seconds']:.2f} / {apart['median_seconds']:.2f}",
+        f"{result['token_ratio']:.2f}×",
+        f"{ours['tokens_per_step']:,.0f} / {apart['tokens_per_step']:,.0f}",
+        f"{ours['peak_mib']:,.0f} / {apart['peak_mib']:,.0f}",
+        f"{ours['peak_above_baseline_mib']:,.0f} / {apart['peak_above_baseline_mib']:,.0f}",
+        *(["–"] * (len(HEADER) - 8)),
+    )
+
+
+ROWS = {"overhead": _overhead, "ranked": _ranked}

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spec:
-    """Which competitor a process runs: ``ours``, ``bare`` or one of TRL's settings."""
+    """Which competitor a process runs: ``ours``, ``bare``, ``apart`` or one of TRL's settings."""
 
     name: str
     task: Task
@@ -93,13 +93,17 @@ def _serve(connection: Connection, spec: Spec) -> None:
         import torch
 
         torch.set_num_threads(spec.threads)
-        from tests.benchmarks.competitors import ours_in_a_bare_loop, ours_in_a_trainer, trl_step
+        from tests.benchmarks.competitors import ours_in_a_bare_loop, ours_in_a_trainer
 
         served = _Served(connection)
-        if spec.name in ("ours", "bare"):
-            run = ours_in_a_trainer if spec.name == "ours" else ours_in_a_bare_loop
-            run(spec.task, spec.precision, served.batch, served.done)
+        if spec.name in ("ours", "apart"):
+            apart = spec.name == "apart"
+            ours_in_a_trainer(spec.task, spec.precision, served.batch, served.done, apart=apart)
+        elif spec.name == "bare":
+            ours_in_a_bare_loop(spec.task, spec.precision, served.batch, served.done)
         else:
+            from tests.benchmarks.trl_side import trl_step
+
             trl_step(spec.task, spec.precision, spec.name, served.batch, served.done)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup
 
-Task = Literal["dpo", "sft"]
+Task = Literal["dpo", "sft", "reward", "kto", "ranked"]
 VOCABULARY = 49_152
 HIDDEN = 512
 INTERMEDIATE = 1_408
@@ -19,6 +19,14 @@ LEARNING_RATE = 1e-5
 
 TRAINED, FORWARD = 6, 2
 """FLOPs a weight and token: a forward and backward pass, and a forward pass alone."""
+
+PASSES: dict[Task, int] = {
+    "dpo": TRAINED + FORWARD,
+    "sft": TRAINED,
+    "reward": TRAINED,
+    "kto": TRAINED + FORWARD,
+}
+"""Over policy and reference."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +60,32 @@ def llama() -> Any:
     )
 
 
+def score_weights() -> Any:
+    """Weights of a reward model's head, ``(1, HIDDEN)``, the same in every process."""
+    import torch
+
+    return torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(0)) / HIDDEN**0.5
+
+
 def load(task: Task, assets: Path, count: int, seed: int = 0) -> Workload:
     """Batches of real rows, tokenised by GPT-2's tokenizer; ids wrap around the vocabulary, lengths are real."""
     from transformers import AutoTokenizer
 
-    from lightning_rlhf.data import load_rows, tokenize_preference, tokenize_sft
+    from lightning_rlhf.data import load_rows, tokenize_preference, tokenize_sft, tokenize_unpaired
     from lightning_rlhf.data.collate import group_of
 
-    path = "preferences/hh_helpful_train.jsonl.gz" if task == "dpo" else "sft/gsm8k_train.jsonl.gz"
-    rows = load_rows(assets / path)
+    rows = load_rows(
+        assets / ("sft/gsm8k_train.jsonl.gz" if task == "sft" else "preferences/hh_helpful_train.jsonl.gz")
+    )
     if task == "sft":
         rows = rows.rename_columns({"question": "prompt", "answer": "completion"})
     picked = random.Random(seed).sample(range(len(rows)), min(len(rows), 2 * BATCH_SIZE * count))
     tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2-tokenizer")
-    tokenize = tokenize_preference if task == "dpo" else tokenize_sft
+    tokenize: Any = {"sft": tokenize_sft, "kto": tokenize_unpaired}.get(task, tokenize_preference)
     tokenized, _ = tokenize(rows.select(picked), tokenizer, max_length=1_024, on_bad_row="drop")
     groups = [_wrapped(group_of(row)) for row in tokenized]
+    if task == "kto":  # as training shuffles: the answers of a pair stand side by side
+        random.Random(seed).shuffle(groups)
     batches = [groups[at : at + BATCH_SIZE] for at in range(0, len(groups), BATCH_SIZE)][:count]
     return Workload(task, [batch for batch in batches if len(batch) == BATCH_SIZE])
 
@@ -77,15 +95,40 @@ def _wrapped(group: PromptGroup) -> PromptGroup:
         [token % VOCABULARY for token in group.prompt],
         [[token % VOCABULARY for token in completion] for completion in group.completions],
         row_id=group.row_id,
+        extras=group.extras,
     )
 
 
-def model_flops(batch: PackedBatch, passes: int) -> float:
+def ranked(pairs: Workload, num_completions: int, batch_size: int) -> Workload:
+    """Prompts with ranked completions, whose lengths are those of real answers to other prompts."""
+    pool = [completion for batch in pairs.batches for group in batch for completion in group.completions]
+    draw = random.Random(num_completions)
+    batches = [
+        [
+            PromptGroup(
+                group.prompt,
+                draw.sample(pool, num_completions),
+                row_id=group.row_id,
+                ranks=[float(rank) for rank in range(num_completions)],
+            )
+            for group in batch[:batch_size]
+        ]
+        for batch in pairs.batches
+    ]
+    return Workload("ranked", batches)
+
+
+def num_terms(batch: PackedBatch, task: Task) -> int:
+    """What our loss is a sum over: tokens, or prompts."""
+    return len(batch.targets) if task == "sft" else batch.num_groups
+
+
+def model_flops(batch: PackedBatch, task: Task) -> float:
     """Arithmetic that the packed batch needs, recomputation not counted.
 
     Args:
         batch: The batch.
-        passes: FLOPs a weight and token, over policy and reference.
+        task: Says whether there is a reference, and whether the vocabulary is needed.
 
     Returns:
         Weights of the layers on every token, causal attention, and the head on positions that predict a target.
@@ -95,8 +138,7 @@ def model_flops(batch: PackedBatch, passes: int) -> float:
     for segment in batch.segments:
         length, prompt = segment.end - segment.start, segment.prompt_end - segment.prompt_start
         seen += length * prompt + length * (length + 1) // 2
-    attention = (
-        LAYERS * 2 * HIDDEN * seen
-    )  # a multiplication of queries and keys, and one of weights and values
-    head = HIDDEN * VOCABULARY * len(batch.targets)
-    return float(passes) * (body * len(batch.input_ids) + attention + head)
+    # a multiplication of queries and keys, and one of weights and values
+    attention = LAYERS * 2 * HIDDEN * seen
+    head = 0 if task == "reward" else HIDDEN * VOCABULARY * len(batch.targets)
+    return float(PASSES[task]) * (body * len(batch.input_ids) + attention + head)

@@ -21,6 +21,13 @@ PLAIN = [
 ]
 CHAT = [{"prompt": CONVERSATION[:1], "chosen": CONVERSATION[1:2], "rejected": OTHER}]
 
+CONFIGS = {
+    trl.SFTTrainer: trl.SFTConfig,
+    trl.RewardTrainer: trl.RewardConfig,
+    trl.DPOTrainer: trl.DPOConfig,
+    trl.KTOTrainer: trl.KTOConfig,
+}
+
 
 def by_trl(trainer, rows, tokenizer, **settings):
     """What a trainer's own preparation makes of rows, without building its model."""
@@ -31,8 +38,8 @@ def by_trl(trainer, rows, tokenizer, **settings):
     bare.completion_only_loss = False
     bare.assistant_only_loss = settings.get("assistant_only_loss", False)
     bare.calculate_KL = False
-    configs = {trl.DPOTrainer: trl.DPOConfig, trl.SFTTrainer: trl.SFTConfig, trl.KTOTrainer: trl.KTOConfig}
-    config = configs[trainer]
+    bare.desirable_weight = bare.undesirable_weight = 1.0
+    config = CONFIGS[trainer]
     args = config(output_dir="unused", report_to=[], use_cpu=True, bf16=False, max_length=None, **settings)
     if trainer is not trl.SFTTrainer:
         return bare._prepare_dataset(rows, tokenizer, args, "train")
