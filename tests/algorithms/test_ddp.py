@@ -27,7 +27,14 @@ def run(algorithm, model_dir, lora, devices, output):
 
 @pytest.mark.parametrize(
     ("algorithm", "lora"),
-    [("SFT", "full"), ("DPO", "lora"), ("BCO", "full"), ("KTO", "lora"), ("RewardModel", "lora")],
+    [
+        ("SFT", "full"),
+        ("DPO", "lora"),
+        ("BCO", "full"),
+        ("KTO", "lora"),
+        ("RewardModel", "lora"),
+        ("OnlineDPO", "lora"),
+    ],
 )
 def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
     (one,) = run(algorithm, llama_dir, lora, 1, tmp_path / "one")
