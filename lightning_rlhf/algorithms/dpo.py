@@ -20,7 +20,7 @@ from lightning_rlhf.algorithms.reference_cache import summed
 from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.algorithms.running_mean import RunningMean
 from lightning_rlhf.data.packing import PackedBatch
-from lightning_rlhf.metrics import Correlation
+from lightning_rlhf.metrics import LengthCorrelation
 from lightning_rlhf.models import Policy
 from lightning_rlhf.objectives import Completions, Objective, Sigmoid
 
@@ -168,7 +168,7 @@ class DPO(Referenced):
 
     def new_metric(self, name: str) -> Metric:
         """Means, and one correlation."""
-        return Correlation() if name == LENGTH_CORRELATION else super().new_metric(name)
+        return LengthCorrelation() if name == LENGTH_CORRELATION else super().new_metric(name)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation data, and warn of likelihood displacement."""

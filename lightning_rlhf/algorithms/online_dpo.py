@@ -18,7 +18,7 @@ from lightning_rlhf.algorithms.running_mean import RunningMean
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.functional import TokenComparison
 from lightning_rlhf.generation import Generator, Sampling
-from lightning_rlhf.metrics import Correlation
+from lightning_rlhf.metrics import LengthCorrelation
 from lightning_rlhf.models import Policy, Reference
 from lightning_rlhf.objectives import Completions, Objective, Sigmoid
 from lightning_rlhf.rewards import Reward
@@ -209,9 +209,9 @@ class OnlineDPO(Online):
 
     def new_metric(self, name: str) -> Metric:
         """Means, and one correlation."""
-        return Correlation() if name == LENGTH_CORRELATION else super().new_metric(name)
+        return LengthCorrelation() if name == LENGTH_CORRELATION else super().new_metric(name)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
         """Also the weights of a reference that follows the policy: they are nowhere else."""
         state = super().state_dict(*args, **kwargs)
         if self.reference_update_steps is not None and self.reference is not None:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.algorithms import DPO, KTO, SFT, OnlineDPO, Optimization
+from lightning_rlhf.algorithms import DPO, KTO, SFT, OnlineDPO, Optimization, RewardModel
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import LoRA, Policy
@@ -28,6 +28,7 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
         "DPO": DPO,
         "BCO": partial(DPO, objective=BCO(beta=1.0)),
         "KTO": KTO,
+        "RewardModel": partial(RewardModel, num_members=2, member_share=0.7),
         "OnlineDPO": partial(OnlineDPO, reward=Ids(), sampling=Sampling(max_new_tokens=6, num_samples=3)),
     }
     module = modules[algorithm](policy, optimization=settings)

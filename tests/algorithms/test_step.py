@@ -144,3 +144,31 @@ def test_warmup_and_cosine(trainer, tokenizer, llama):
 def test_a_schedule_without_an_end_is_refused(trainer, tokenizer, llama):
     with pytest.raises(ValueError, match="set max_steps or max_epochs"):
         trainer(max_epochs=-1, max_steps=-1).fit(SFT(llama, tokenizer), loader(random_groups(4, 1), 4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"name": "adam"}, ValueError, "optimization.name is 'adam'; it must be one of adamw"),
+        ({"schedule": "cosin"}, ValueError, "optimization.schedule is 'cosin'; it must be one of cosine"),
+        ({"lr": "1e-5"}, TypeError, "optimization.lr must be a number, got '1e-5'"),
+    ],
+)
+def test_slips_in_the_optimization_are_named(settings, error, message):
+    with pytest.raises(error, match=message):
+        Optimization(**settings)
+
+
+def test_arguments_of_the_wrong_type_are_named(tokenizer, llama):
+    with pytest.raises(TypeError, match=r"objective must be one of .*, got 'sigmoid': write"):
+        DPO(llama, tokenizer, objective="sigmoid")
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer, got the text 'a/model': load it"):
+        SFT(llama, "a/model")
+
+
+def test_sft_refuses_pairs(trainer, tokenizer, llama):
+    """It would learn the rejected completions as well."""
+    with pytest.raises(
+        ValueError, match=r"row 0: SFT needs one completion a prompt.*got 2: use SFTDataModule"
+    ):
+        trainer().fit(SFT(llama, tokenizer), DataLoader(random_groups(2, 2), batch_size=2, collate_fn=pack))

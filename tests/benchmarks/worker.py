@@ -37,6 +37,7 @@ class Step:
 
     Attributes:
         seconds: From the batch in hand to the weights updated.
+        cpu_seconds: Of all threads in that time, waiting in a loop included: what a machine with other work can tell.
         loss: Summed over the batch.
         tokens: That the layers of policy (and reference) computed, padding included.
         baseline: Resident MiB before the first step, models built.
@@ -44,6 +45,7 @@ class Step:
     """
 
     seconds: float
+    cpu_seconds: float
     loss: float
     tokens: int
     baseline: float
@@ -115,25 +117,25 @@ class _Served:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.baseline: float | None = None
-        self.started = 0.0
+        self.started = self.cpu_started = 0.0
 
     def batch(self, collate: Callable[[list[PromptGroup]], T]) -> T:
         """The next batch, once the parent sends it; the clock starts when it is collated."""
         if self.baseline is None:
             _reset_peak()
             self.baseline = resident()
-            self.connection.send(Step(0.0, 0.0, 0, self.baseline, self.baseline))
+            self.connection.send(Step(0.0, 0.0, 0.0, 0, self.baseline, self.baseline))
         try:
             batch = collate(self.connection.recv())
         except EOFError:
             os._exit(0)
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
         return batch
 
     def done(self, report: tuple[float, int]) -> None:
         """Answer with the step just made."""
-        seconds = time.perf_counter() - self.started
-        self.connection.send(Step(seconds, *report, self.baseline or 0.0, peak()))
+        seconds, cpu_seconds = time.perf_counter() - self.started, time.process_time() - self.cpu_started
+        self.connection.send(Step(seconds, cpu_seconds, *report, self.baseline or 0.0, peak()))
 
 
 def _status(field: str) -> float | None:
