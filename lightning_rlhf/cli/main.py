@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "best-of-n": "lightning_rlhf.cli.best_of_n:main",
     "export": "lightning_rlhf.cli.export:main",
     "doctor": "lightning_rlhf.cli.doctor:main",
+    "pipeline": "lightning_rlhf.cli.pipeline:main",
     "sandbox": "lightning_rlhf.cli.sandbox:main",
     "quickstart": "lightning_rlhf.cli.quickstart:main",
 }
@@ -36,6 +37,7 @@ beside it:
   generate    sample completions of prompts
   best-of-n   keep the best of n samples a prompt by a reward, as data for SFT
   export      turn a checkpoint into an adapter or model directory for transformers, peft and vLLM
+  pipeline    train several stages, such as SFT, reward model and PPO, each on what the former made
   sandbox     write the embedded task: data, tokenizer and a tiny model
   quickstart  train, align and measure a tiny model, in at most 4 minutes on two cores
 
