@@ -85,7 +85,11 @@ def build_optimizer(
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr)
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        # Let the gradients be unscaled before the step, not in it: Lightning refuses to clip them otherwise, under
+        # bf16-mixed as well, where there is no scale at all.
+        adamw._step_supports_amp_scaling = False
+        return adamw
     import bitsandbytes as bnb
 
     optimizer = {

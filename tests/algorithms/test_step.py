@@ -2,15 +2,17 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.algorithms import DPO, SFT, Optimization
+from lightning_rlhf.algorithms import DPO, PPO, SFT, Optimization, Update
 from lightning_rlhf.algorithms.base import NonFiniteLossError
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.models import LoRA, Policy
 from tests.algorithms.conftest import Gradients, random_groups
+from tests.algorithms.rollouts import ppo, prompts
 from tests.models.families import tiny
 
 PLAIN_SGD = Optimization(name="sgd", lr=1e-2, schedule="constant")
@@ -172,3 +174,27 @@ def test_sft_refuses_pairs(trainer, tokenizer, llama):
         ValueError, match=r"row 0: SFT needs one completion a prompt.*got 2: use SFTDataModule"
     ):
         trainer().fit(SFT(llama, tokenizer), DataLoader(random_groups(2, 2), batch_size=2, collate_fn=pack))
+
+
+@pytest.mark.parametrize("algorithm", [SFT, PPO])
+def test_gradients_are_clipped_under_mixed_precision(algorithm, trainer, llama_dir):
+    """Lightning refuses to clip for an optimizer that unscales in its step, as a fused AdamW does."""
+    norms = []
+
+    class Norms(L.Callback):
+        def on_train_start(self, run, module):
+            run.optimizers[0].register_step_post_hook(
+                lambda *_: norms.append(
+                    torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm()
+                )
+            )
+
+    clip = {"gradient_clip_val": 1e-3} if algorithm is SFT else {}
+    update = Update(num_epochs=1, minibatch_size=2, max_grad_norm=1e-3)
+    module = (
+        SFT(llama_dir) if algorithm is SFT else ppo(llama_dir, optimization=Optimization(), update=update)
+    )
+    data = loader(random_groups(4, 1), 2) if algorithm is SFT else prompts()
+    trainer(precision="bf16-mixed", callbacks=[Norms()], **clip).fit(module, data)
+    assert norms
+    assert all(norm == pytest.approx(1e-3, rel=1e-2) for norm in norms)
