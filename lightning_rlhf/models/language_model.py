@@ -1,7 +1,7 @@
 """A causal language model that scores completions: one forward for every algorithm."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
@@ -89,6 +89,7 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         with_collision: bool = False,
+        learned: Sequence[bool] | None = None,
     ) -> TokenLogprobs:
         """Score every target of a batch.
 
@@ -97,18 +98,35 @@ class LanguageModel(nn.Module):
             temperature: Divides the logits.
             with_entropy: Also return the entropy at every target.
             with_collision: Also return the logarithm of the collision probability at every target.
+            learned: Which completions are learnt from, one flag each; the values of the others have no gradient, so
+                that their logits are neither kept nor computed again. None for all.
 
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
-        return token_logprobs(
-            self.hidden_states(batch),
-            self.logits,
-            batch.targets,
-            temperature=temperature,
-            with_entropy=with_entropy,
-            with_collision=with_collision,
-            chunk_size=max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size),
+
+        def score(hidden: Tensor, targets: Tensor) -> TokenLogprobs:
+            return token_logprobs(
+                hidden,
+                self.logits,
+                targets,
+                temperature=temperature,
+                with_entropy=with_entropy,
+                with_collision=with_collision,
+                chunk_size=max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size),
+            )
+
+        hidden = self.hidden_states(batch)
+        if learned is None or not torch.is_grad_enabled():
+            return score(hidden, batch.targets)
+        here, others = _targets_by_flag(batch, learned)
+        with_gradient = score(hidden[here], batch.targets[here])
+        with torch.no_grad():
+            without = score(hidden[others], batch.targets[others])
+        order = torch.cat([here, others]).argsort()
+        both = zip(with_gradient, without, strict=True)
+        return TokenLogprobs._make(
+            None if a is None or b is None else torch.cat([a, b])[order] for a, b in both
         )
 
     def hidden_states(self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors") -> Tensor:
@@ -196,6 +214,17 @@ class LanguageModel(nn.Module):
             if name in kept:
                 parameter.data = kept[name].to(parameter.device)
         return self
+
+
+def _targets_by_flag(batch: PackedBatch, flags: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Indices of the targets of completions with a flag, and of those without."""
+    runs = torch.arange(len(batch.targets)).split(batch.num_targets)
+    nothing = torch.zeros(0, dtype=torch.long)
+    marked, others = (
+        torch.cat([nothing, *(run for run, flag in zip(runs, flags, strict=True) if bool(flag) is wanted)])
+        for wanted in (True, False)
+    )
+    return marked.to(batch.targets.device), others.to(batch.targets.device)
 
 
 LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
