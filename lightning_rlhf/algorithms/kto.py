@@ -102,7 +102,9 @@ class KTO(Referenced):
     def losses(self, batch: PackedBatch, stage: str) -> Tensor:
         """The loss of every labelled answer, ``(G,)``."""
         k = check_labelled(batch, mismatched=self.loss_type == "kto")
-        tokens = self.policy(batch, with_entropy=True)
+        # The reference point has no gradient, so only the labelled answers (the first of each group) are learnt from.
+        learned = [number % k == 0 for number in range(batch.num_completions)] if k > 1 else None
+        tokens = self.policy(batch, with_entropy=True, learned=learned)
         logps = RF.sum_by_sequence(tokens.logprobs, batch.target_lengths)
         ref_logps = self.reference_logps(batch, stage)
         if stage == "train" and not self._checked:

@@ -328,7 +328,9 @@ class PPO(Online):
         """Add the gradient of some completions; returns ½ (log π − log π_old)² of their tokens."""
         batch, known = micro
         hidden = self.policy.hidden_states(batch)
-        now = self.policy.of_hidden(hidden, batch, temperature=self.sampling.temperature, with_entropy=True)
+        now = self.policy.of_hidden(
+            hidden, batch.targets, temperature=self.sampling.temperature, with_entropy=True
+        )
         assert now.entropy is not None
         clip = self.update.clip_range
         policy_loss = RF.ppo_policy_loss(

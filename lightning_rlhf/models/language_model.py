@@ -1,8 +1,9 @@
 """A causal language model that scores completions: one forward for every algorithm."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -90,6 +91,7 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         with_collision: bool = False,
+        learned: Sequence[bool] | None = None,
     ) -> TokenLogprobs:
         """Score every target of a batch.
 
@@ -98,32 +100,45 @@ class LanguageModel(nn.Module):
             temperature: Divides the logits.
             with_entropy: Also return the entropy at every target.
             with_collision: Also return the logarithm of the collision probability at every target.
+            learned: Which completions are learnt from, one flag each; the values of the others have no gradient, so
+                that their logits are neither kept nor computed again. None for all.
 
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
-        return self.of_hidden(
-            self.hidden_states(batch),
-            batch,
+        hidden = self.hidden_states(batch)
+        score = partial(
+            self.of_hidden,
             temperature=temperature,
             with_entropy=with_entropy,
             with_collision=with_collision,
+        )
+        if learned is None or not torch.is_grad_enabled():
+            return score(hidden, batch.targets)
+        here, others = _targets_by_flag(batch, learned)
+        with_gradient = score(hidden[here], batch.targets[here])
+        with torch.no_grad():
+            without = score(hidden[others], batch.targets[others])
+        order = torch.cat([here, others]).argsort()
+        both = zip(with_gradient, without, strict=True)
+        return TokenLogprobs._make(
+            None if a is None or b is None else torch.cat([a, b])[order] for a, b in both
         )
 
     def of_hidden(
         self,
         hidden: Tensor,
-        batch: PackedBatch,
+        targets: Tensor,
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
         with_collision: bool = False,
     ) -> TokenLogprobs:
-        """Like :meth:`forward`, of the hidden states that :meth:`hidden_states` gave."""
+        """Score targets ``(M,)`` by the hidden states ``(M, H)`` that predict them."""
         return token_logprobs(
             hidden,
             self.logits,
-            batch.targets,
+            targets,
             temperature=temperature,
             with_entropy=with_entropy,
             with_collision=with_collision,
@@ -229,6 +244,17 @@ class LanguageModel(nn.Module):
             if name in kept:
                 parameter.data = kept[name].to(parameter.device)
         return self
+
+
+def _targets_by_flag(batch: PackedBatch, flags: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Indices of the targets of completions with a flag, and of those without."""
+    runs = torch.arange(len(batch.targets)).split(batch.num_targets)
+    nothing = torch.zeros(0, dtype=torch.long)
+    marked, others = (
+        torch.cat([nothing, *(run for run, flag in zip(runs, flags, strict=True) if bool(flag) is wanted)])
+        for wanted in (True, False)
+    )
+    return marked.to(batch.targets.device), others.to(batch.targets.device)
 
 
 LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {

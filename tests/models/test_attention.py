@@ -55,6 +55,31 @@ def test_packed_equals_padded(name, batch):
     assert_same(model, LanguageModel(tiny(name), layout="padded"), batch)
 
 
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_completions_that_are_not_learnt_from(layout, batch):
+    """The values are the same; the gradient is that of the others."""
+    model, learned = (
+        LanguageModel(tiny("LlamaConfig"), layout=layout),
+        [True, False, True, False, False, True],
+    )
+    weights = torch.linspace(1, 2, len(batch.targets))
+
+    def run(weights, **how):
+        model.zero_grad()
+        tokens = model(batch, with_entropy=True, with_collision=True, **how)
+        (weights * tokens.logprobs).sum().backward()
+        return tokens, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    counts = torch.tensor(learned).repeat_interleave(batch.target_lengths)
+    expected, all_learnt = run(weights)
+    masked = run(weights * counts)[1]
+    found, gradient = run(weights, learned=learned)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert (gradient - masked).norm() < 1e-5 * masked.norm()
+    assert (all_learnt - masked).norm() > 0.1 * masked.norm()
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_ignores_the_layout_falls_back_with_one_warning(name, batch):
     with pytest.warns(UserWarning, match="runs in the padded layout") as caught:
