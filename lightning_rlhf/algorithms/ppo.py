@@ -91,7 +91,7 @@ class PPO(Online):
     r"""Proximal policy optimisation (Schulman et al., 2017; Ziegler et al., 2019; Ouyang et al., 2022).
 
     One ``training_step`` samples completions of the prompts, scores them, and takes
-    ``num_epochs`` × ⌈N / ``minibatch_size``⌉ optimizer steps on
+    ``num_epochs`` · ceil(N / ``minibatch_size``) optimizer steps on
 
     $-\min(\rho_t A_t, \mathrm{clip}(\rho_t, 1 ± \varepsilon) A_t) + c_v L^V_t - c_H H_t$
 

@@ -23,12 +23,12 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 def divergence_scores(logratios: Tensor, *, divergence: Divergence, alpha: float = 0.5) -> Tensor:
     r"""What takes the place of a log-ratio u under an f-divergence: $f'(e^u)$, up to a constant.
 
-    ==============  ==========================================  ===================================
-    ``reverse_kl``  $u$                                         KL(π‖π_ref), DPO's own
-    ``forward_kl``  $1 - e^{-u}$                                KL(π_ref‖π)
-    ``js``          $\log 2 + \log \sigma(u)$                   Jensen–Shannon
-    ``alpha``       $(e^{(\alpha - 1) u} - 1) / (\alpha - 1)$   α: 1 is reverse KL, 0 is forward KL
-    ==============  ==========================================  ===================================
+    ==============  ==================================================  ====================================
+    ``reverse_kl``  $u$                                                 KL(π‖π_ref), DPO's own
+    ``forward_kl``  $1 - e^{-u}$                                        KL(π_ref‖π)
+    ``js``          $\log 2 + \log \sigma(u)$                           Jensen–Shannon
+    ``alpha``       $(e^{(\alpha - 1) u} - 1) / (\alpha - 1)$           α: 1 is reverse KL, 0 is forward KL
+    ==============  ==================================================  ====================================
 
     Theorem 1 of Wang et al. (2023), "Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse
     Divergence Constraints". A loss of the margin between chosen and rejected takes these scores as they are.
