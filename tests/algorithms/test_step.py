@@ -168,5 +168,7 @@ def test_arguments_of_the_wrong_type_are_named(tokenizer, llama):
 
 def test_sft_refuses_pairs(trainer, tokenizer, llama):
     """It would learn the rejected completions as well."""
-    with pytest.raises(ValueError, match=r"row 0: SFT needs one completion a prompt.*got 2: use SFTDataModule"):
+    with pytest.raises(
+        ValueError, match=r"row 0: SFT needs one completion a prompt.*got 2: use SFTDataModule"
+    ):
         trainer().fit(SFT(llama, tokenizer), DataLoader(random_groups(2, 2), batch_size=2, collate_fn=pack))

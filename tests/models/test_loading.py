@@ -184,7 +184,11 @@ def test_dropout_off_and_checkpointing_on(llama_dir):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"layout": "shared"}, ValueError, "policy.layout is 'shared'; it must be one of shared_prefix, padded"),
+        (
+            {"layout": "shared"},
+            ValueError,
+            "policy.layout is 'shared'; it must be one of shared_prefix, padded",
+        ),
         ({"dtype": "bf16"}, ValueError, "policy.dtype is 'bf16'; it must be one of auto, float32"),
         ({"lora": {"r": 2}}, TypeError, r"policy.lora must be LoRA settings, got dict: write LoRA\("),
     ],
