@@ -310,13 +310,18 @@ def metric_key(stage: str, name: str) -> str:
 
 
 def as_policy(
-    policy: "Policy | str | Mapping[str, Any] | nn.Module",
+    policy: "Policy | str | Mapping[str, Any] | nn.Module | None",
 ) -> tuple[Policy | None, nn.Module | None]:
     """Settings of a policy, or the built model: exactly one of the two."""
     if isinstance(policy, nn.Module):
         return None, policy
     if isinstance(policy, Policy | str | Mapping):
         return Policy.from_config(policy), None
+    if policy is None:
+        raise TypeError(
+            "policy is None: a checkpoint of a run with a built model does not say where that came from; pass it "
+            "again, load_from_checkpoint(…, policy=…, tokenizer=…)"
+        )
     raise TypeError(f"policy must be a path, Policy settings or a built model, got {type(policy).__name__}")
 
 

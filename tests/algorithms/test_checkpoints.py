@@ -68,6 +68,12 @@ def test_missing_adapters_are_named(trainer, llama_dir, tmp_path):
         trainer().fit(other, loader(), ckpt_path=path)
 
 
+def test_a_built_model_is_asked_for_again(trainer, llama, tokenizer, tmp_path):
+    path = fit_and_save(DPO(llama, tokenizer), trainer, tmp_path)
+    with pytest.raises(TypeError, match=r"policy is None.*built model.*load_from_checkpoint\(…, policy=…"):
+        DPO.load_from_checkpoint(path)
+
+
 def test_an_adapter_of_another_rank_is_named(trainer, llama_dir, tmp_path):
     path = fit_and_save(DPO(Policy(llama_dir, lora=LoRA(r=2))), trainer, tmp_path)
     with pytest.raises(
