@@ -54,6 +54,11 @@ class Algorithm(L.LightningModule):
         super().__init__()
         self.policy_settings, built = as_policy(policy)
         self.optimization = from_plain(Optimization, optimization) or Optimization()
+        if isinstance(tokenizer, str):
+            raise TypeError(
+                f"tokenizer must be a tokenizer, got the text {tokenizer!r}: load it with "
+                "AutoTokenizer.from_pretrained"
+            )
         if tokenizer is not None:
             self.tokenizer = tokenizer
         elif self.policy_settings is not None:
@@ -256,15 +261,23 @@ class Algorithm(L.LightningModule):
         """Load what :meth:`state_dict` saved; the frozen base is not expected.
 
         Raises:
-            RuntimeError: If an adapter, head or trained weight is missing or unknown.
+            RuntimeError: If an adapter, head or trained weight is missing, unknown or of another shape.
         """
-        expected, found = set(self.state_dict()), set(state_dict)
+        own = self.state_dict()
+        expected, found = set(own), set(state_dict)
         if strict and expected != found:
             missing, unknown = sorted(expected - found)[:5], sorted(found - expected)[:5]
             raise RuntimeError(
                 f"the checkpoint does not fit this {type(self).__name__}: missing {missing}, unknown {unknown} (first "
                 "five each). Was it trained with another policy, or with other LoRA settings?"
             )
+        for name in sorted(expected & found):
+            if own[name].shape != state_dict[name].shape:
+                raise RuntimeError(
+                    f"the checkpoint does not fit this {type(self).__name__}: {name} has the shape "
+                    f"{tuple(state_dict[name].shape)} in it, {tuple(own[name].shape)} here. Was it trained with "
+                    "another policy, or with other LoRA settings?"
+                )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.base import plain
 from lightning_rlhf.algorithms.optimization import Optimization
+from lightning_rlhf.algorithms.pairs import LENGTH_CORRELATION, PAIR, pair_metric_names, pair_metrics
 from lightning_rlhf.algorithms.preference_checks import (
     LARGE_DISPLACEMENT,
     check_options,
@@ -19,13 +20,9 @@ from lightning_rlhf.algorithms.reference_cache import summed
 from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.algorithms.running_mean import RunningMean
 from lightning_rlhf.data.packing import PackedBatch
-from lightning_rlhf.functional import TokenLogprobs
-from lightning_rlhf.metrics import Correlation
+from lightning_rlhf.metrics import LengthCorrelation
 from lightning_rlhf.models import Policy
-from lightning_rlhf.objectives import Completions, Objective, Pairs, Sigmoid
-
-PAIR = 2
-LENGTH_CORRELATION = "rewards/length_correlation"
+from lightning_rlhf.objectives import Completions, Objective, Sigmoid
 
 
 class DPO(Referenced):
@@ -119,30 +116,10 @@ class DPO(Referenced):
             assert tokens.log_collision is not None
             weights = RF.wpo_weights(tokens.logprobs, tokens.log_collision, batch.target_lengths)
             losses = losses * weights[0::PAIR] * weights[1::PAIR]
-        self._record_pairs(stage, batch, losses, tokens, completions, pairs)
-        return losses
-
-    def _record_pairs(
-        self,
-        stage: str,
-        batch: PackedBatch,
-        losses: Tensor,
-        tokens: TokenLogprobs,
-        completions: Completions,
-        pairs: Pairs,
-    ) -> None:
-        rewards = self.rewards(completions)
-        assert tokens.entropy is not None
-        values: dict[str, Tensor | tuple[Tensor, ...]] = {
-            "loss": losses,
-            **self.objective.metrics(pairs),
-            LENGTH_CORRELATION: (rewards, batch.target_lengths),
-            "mean_token_accuracy": torch.cat(tokens.correct.split(batch.num_targets)[0::PAIR]).float(),
-            "entropy": tokens.entropy,
-        }
-        self.record(stage, batch, values)
+        self.record(stage, batch, pair_metrics(self.objective, losses, completions, pairs, tokens, batch))
         if stage == "train" and self.reward_mean is not None:
-            self.reward_mean.update(rewards)
+            self.reward_mean.update(self.rewards(completions))
+        return losses
 
     @torch.no_grad()
     def rewards(self, completions: Completions) -> Tensor:
@@ -187,11 +164,11 @@ class DPO(Referenced):
     @property
     def metric_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """The objective's metrics, and those of every pair of completions."""
-        return (*self.objective.metric_names, LENGTH_CORRELATION, "mean_token_accuracy", "entropy")
+        return pair_metric_names(self.objective)
 
     def new_metric(self, name: str) -> Metric:
         """Means, and one correlation."""
-        return Correlation() if name == LENGTH_CORRELATION else super().new_metric(name)
+        return LengthCorrelation() if name == LENGTH_CORRELATION else super().new_metric(name)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation data, and warn of likelihood displacement."""

@@ -164,10 +164,14 @@ class Online(Referenced):
     def finish_rollout(self, rollout: Rollout) -> None:
         """Count it, and log its means."""
         self.num_rollouts += 1
+        self.count_rollout(rollout)
+        self._log_means("train")
+
+    def count_rollout(self, rollout: Rollout) -> None:
+        """Record its tokens, and what share of the time since it began was generation."""
         share = self._generated / max(time.perf_counter() - self._began, 1e-9)
         self.record_values("train", {"time/generation_share": torch.tensor(share)})
         self.num_tokens.update(sum(rollout.lengths))
-        self._log_means("train")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Every rollout is logged as it ends."""

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lightning_rlhf.models.settings import check_choice
+
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant", "constant_with_warmup"]
 
@@ -41,6 +43,10 @@ class Optimization:
 
     def __post_init__(self) -> None:
         """Refuse what can only be a slip."""
+        check_choice("optimization.name", self.name, OptimizerName)
+        check_choice("optimization.schedule", self.schedule, ScheduleName)
+        if not isinstance(self.lr, int | float):
+            raise TypeError(f"optimization.lr must be a number, got {self.lr!r}")
         if self.lr <= 0:
             raise ValueError(f"optimization.lr must be positive, got {self.lr}")
         if not 0.0 <= self.warmup_ratio < 1.0:
@@ -79,7 +85,11 @@ def build_optimizer(
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr)
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        # Let the gradients be unscaled before the step, not in it: Lightning refuses to clip them otherwise, under
+        # bf16-mixed as well, where there is no scale at all.
+        adamw._step_supports_amp_scaling = False
+        return adamw
     import bitsandbytes as bnb
 
     optimizer = {

@@ -1,6 +1,6 @@
 """Proximal policy optimisation against a reward, with a KL anchor; also RLOO, GRPO and REINFORCE."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -21,7 +21,8 @@ from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer
 from lightning_rlhf.algorithms.rollout import Micro, Rollout, shuffled
 from lightning_rlhf.algorithms.rollout_steps import require_whole_rollouts, total_steps
 from lightning_rlhf.data import PromptBatch
-from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.data.mix import PRETRAIN, PROMPTS
+from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 from lightning_rlhf.generation import Generator, Sampling
 from lightning_rlhf.models import Policy
 from lightning_rlhf.models.critic import Critic, CriticKind, is_critic
@@ -47,6 +48,8 @@ class Update:
             mean of ½ (log π − log π_old)²; None for no limit.
         whiten_advantages: Mean 0 and variance 1 over the tokens of the rollout and all ranks.
         average: Of the losses of a step: over ``tokens``, or over ``sequences`` of the mean of their tokens.
+        pretrain_coef: Weight of the language-modelling loss of PPO-ptx, a mean over tokens; needs
+            :class:`~lightning_rlhf.data.PretrainingMix`. Its text is dealt out to the minibatches of a pass.
         importance_cap: Bounds π_old/π_sampler where another engine samples and reports its log-probabilities.
     """
 
@@ -62,6 +65,7 @@ class Update:
     max_approx_kl: float | None = None
     whiten_advantages: bool = True
     average: Literal["tokens", "sequences"] = "tokens"
+    pretrain_coef: float = 0.0
     importance_cap: float = 2.0
 
     def __post_init__(self) -> None:
@@ -74,7 +78,7 @@ class Update:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"update.{name} must be positive, got {value}; null sets no limit")
-        for name in ("value_coef", "entropy_coef"):
+        for name in ("value_coef", "entropy_coef", "pretrain_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"update.{name} must not be negative, got {getattr(self, name)}")
         if self.average not in ("tokens", "sequences"):
@@ -130,6 +134,7 @@ class PPO(Online):
         "loss/policy_avg",
         "loss/value_avg",
         "value/clipfrac_avg",
+        "loss/pretrain_avg",
     )
 
     def __init__(
@@ -195,16 +200,17 @@ class PPO(Online):
 
     # --- a rollout and what is learned from it --------------------------------------------------------------------
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    def training_step(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> None:
         """Sample, score, estimate advantages, optimise."""
-        rollout = self.sample(batch)
+        prompts, text = self.streams(batch)
+        rollout = self.sample(prompts)
         self.rollout_size = len(rollout)
         scores = self.score("train", rollout.samples)
         known = self.evaluate(rollout)
         estimate = self.estimate(rollout, scores, known)
         kl = self.record_rollout("train", rollout, scores, known)
         for epoch in range(self.update.num_epochs):
-            moved = self.optimise(rollout, known, estimate, epoch)
+            moved = self.optimise(rollout, known, estimate, epoch, text)
             if self.update.max_approx_kl is not None and moved > self.update.max_approx_kl:
                 break
         self.kl.update(self.mean_over_ranks(kl).item(), len(rollout) * self.trainer.world_size)
@@ -267,7 +273,12 @@ class PPO(Online):
         return values * torch.tensor(rollout.samples.truncated, device=values.device)
 
     def optimise(
-        self, rollout: Rollout, known: Mapping[str, Tensor], estimate: Estimate, epoch: int
+        self,
+        rollout: Rollout,
+        known: Mapping[str, Tensor],
+        estimate: Estimate,
+        epoch: int,
+        text: Sequence[PromptGroup] = (),
     ) -> float:
         """One pass over a rollout; returns how far the policy has moved, in nats a token, mean over the pass."""
         tokens = {"logprobs": known["logprobs"], "advantages": estimate.advantages}
@@ -281,7 +292,9 @@ class PPO(Online):
         optimizer = cast(Optimizer, self.optimizers())
         moved: list[Tensor] = []
         seed = (self.seed, self.num_rollouts, epoch, self.global_rank)
-        for minibatch in shuffled(len(rollout), self.update.minibatch_size, seed):
+        minibatches = shuffled(len(rollout), self.update.minibatch_size, seed)
+        for place, minibatch in enumerate(minibatches):
+            self.backward_text(text[place :: len(minibatches)], rollout, minibatch)
             for micro, last in self.micro_batches(rollout, minibatch, tokens):
                 with nullcontext() if last else self.unsynchronised():
                     moved.append(self.backward_micro(micro))
@@ -346,6 +359,32 @@ class PPO(Online):
         self.manual_backward(self.step_mean(losses, batch))
         return moved
 
+    def streams(self, batch: PromptBatch | Mapping[str, Any]) -> tuple[PromptBatch, list[PromptGroup]]:
+        """The prompts of a batch, and the text of PPO-ptx beside them."""
+        if not isinstance(batch, Mapping):
+            if self.update.pretrain_coef:
+                raise ValueError(
+                    f"update.pretrain_coef is {self.update.pretrain_coef} and the data has no text beside its prompts: "
+                    "use PretrainingMix, or set it to 0"
+                )
+            return batch, []
+        return batch[PROMPTS], batch[PRETRAIN].groups() if self.update.pretrain_coef else []
+
+    def backward_text(
+        self, groups: Sequence[PromptGroup], rollout: Rollout, minibatch: Sequence[int]
+    ) -> None:
+        """Add the gradient of ``pretrain_coef`` times the mean cross-entropy of some text."""
+        if not groups:
+            return
+        batch = pack(groups).to(self.device)
+        losses = RF.sft_loss(self.policy(batch).logprobs)
+        self.record_values("train", {"loss/pretrain_avg": losses.detach()})
+        # The gradient of a step is divided by what was counted of the rollout: so this mean is multiplied by it.
+        by_sequence = self.update.average == "sequences"
+        counted = len(minibatch) if by_sequence else sum(rollout.lengths[index] for index in minibatch)
+        with self.unsynchronised():
+            self.manual_backward(self.update.pretrain_coef * counted * losses.mean())
+
     def value_losses(self, batch: PackedBatch, hidden: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         """The critic's loss of every token, ``(M,)``."""
         values = self.critic(batch, hidden)
@@ -408,8 +447,9 @@ class PPO(Online):
         """Optimizer steps of a rollout of so many completions, where no epoch is left out."""
         return self.update.num_epochs * -(-size // self.update.minibatch_size)
 
-    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> None:
         """Before the first rollout: whether the Trainer counts in whole ones."""
+        batch, _ = self.streams(batch)
         require_prompts(batch)
         if self.rollout_size == 0:
             varies = self.update.max_approx_kl is not None

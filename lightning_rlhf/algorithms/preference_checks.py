@@ -20,6 +20,7 @@ def check_options(objective: Objective, asks_for_reference: bool, ld_alpha: floa
         wpo: Whether pairs are weighted.
 
     Raises:
+        TypeError: If the objective is none.
         ValueError: If they do not fit.
 
     Example:
@@ -28,6 +29,11 @@ def check_options(objective: Objective, asks_for_reference: bool, ld_alpha: floa
         Traceback (most recent call last):
         ValueError: AOT sorts its batch, so that no weight a pair fits its losses: set wpo: false
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be one of lightning_rlhf.objectives, got {objective!r}: write, for example, "
+            "objectives.Sigmoid(beta=0.1)"
+        )
     name = type(objective).__name__
     if asks_for_reference and not objective.needs_reference:
         raise ValueError(f"{name} has no reference: leave out reference, and set precompute_reference: false")

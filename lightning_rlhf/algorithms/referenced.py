@@ -59,15 +59,18 @@ class Referenced(Algorithm):
     def on_policy_loaded(self) -> None:
         """Make the reference from the untrained policy, where one is needed, and switch dropout off in both."""
         if self.needs_reference:
-            if self.reference_settings is not None:
-                other = load_language_model(self.reference_settings)
-                self.reference = Reference(self.policy, model=other)
-            elif self.reference_cache is None:
-                self.reference = Reference(self.policy)
+            if self.reference_cache is None or self.reference_settings is not None:
+                self.reference = self.new_reference()
             else:
                 self.reference_cache.remember(self.policy)
         # Last: an adapter or a model that the reference brings has a dropout of its own.
         disable_dropout(self)
+
+    def new_reference(self) -> Reference:
+        """The reference of the untrained policy, or the other model that was given."""
+        if self.reference_settings is None:
+            return Reference(self.policy)
+        return Reference(self.policy, model=load_language_model(self.reference_settings))
 
     def on_fit_start(self) -> None:
         """Precompute the reference's log-probabilities, where asked."""

@@ -37,13 +37,13 @@ def require_whole_rollouts(trainer: L.Trainer, steps: int, *, varies: bool) -> N
         if every and steps % every and (varies or every % steps):
             wanted = "a number that varies" if varies else f"{steps} of them"
             raise ValueError(
-                f"ModelCheckpoint has every_n_train_steps {every}, of optimizer steps: a rollout takes {wanted}, "
-                "and a checkpoint falls between rollouts, so that most would be left out. Give "
+                f"ModelCheckpoint has every_n_train_steps {every}: that counts optimizer steps, a rollout takes "
+                f"{wanted}, and a checkpoint falls between rollouts, so that most would be left out. Give "
                 + ("1" if varies else f"a multiple of {steps}, or 1")
                 + " (1 saves after every rollout), or every_n_epochs or train_time_interval"
             )
-    fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
-    if trainer.max_steps > 0 and trainer.max_steps % steps and not (varies or fast_dev_run):
+    whole = varies or trainer.fast_dev_run  # type: ignore[attr-defined]
+    if trainer.max_steps > 0 and trainer.max_steps % steps and not whole:
         warnings.warn(
             f"max_steps {trainer.max_steps} is no multiple of the {steps} optimizer steps of a rollout: the run ends "
             f"with a whole rollout, after {-(-trainer.max_steps // steps) * steps} steps",

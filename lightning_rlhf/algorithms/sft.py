@@ -43,6 +43,7 @@ class SFT(Algorithm):
 
     def losses(self, batch: PackedBatch, stage: str) -> Tensor:
         """Cross-entropy of every token that counts, ``(M,)``."""
+        check_demonstrations(batch)
         tokens = self.policy(batch, with_entropy=True)
         losses = RF.sft_loss(tokens.logprobs)
         values = {"loss": losses, "mean_token_accuracy": tokens.correct.float(), "entropy": tokens.entropy}
@@ -60,3 +61,17 @@ class SFT(Algorithm):
     def derived_metrics(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """The perplexity, from the mean loss."""
         return {"perplexity": torch.exp(means["loss"])} if "loss" in means else {}
+
+
+def check_demonstrations(batch: PackedBatch) -> None:
+    """Refuse a batch with more than a demonstration a prompt: rejected answers would be learned as well.
+
+    Raises:
+        ValueError: If a prompt has another number of completions than one.
+    """
+    for row, lengths in zip(batch.row_ids, batch.completion_lengths, strict=True):
+        if len(lengths) != 1:
+            raise ValueError(
+                f"row {row}: SFT needs one completion a prompt, the demonstration, got {len(lengths)}: use "
+                "SFTDataModule"
+            )

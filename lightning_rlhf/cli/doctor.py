@@ -1,7 +1,6 @@
 """lightning-rlhf doctor: show, before a long run, what will happen."""
 
 import math
-import sys
 import time
 from typing import Any
 
@@ -132,11 +131,7 @@ class Examination(Callback):
 
 def main(arguments: list[str]) -> None:
     """Build what ``fit`` would build, run one step, and print what was seen."""
-    before, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        cli = DoctorCLI(arguments)
-    finally:
-        sys.argv = before
+    cli = DoctorCLI(arguments)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     console = Console()
     for part in cli.examination.parts:

@@ -12,8 +12,10 @@ COMMANDS: dict[str, str] = {
     "test": "lightning_rlhf.cli.training:test",
     "predict": "lightning_rlhf.cli.training:predict",
     "generate": "lightning_rlhf.cli.generate:main",
+    "best-of-n": "lightning_rlhf.cli.best_of_n:main",
     "export": "lightning_rlhf.cli.export:main",
     "doctor": "lightning_rlhf.cli.doctor:main",
+    "pipeline": "lightning_rlhf.cli.pipeline:main",
     "sandbox": "lightning_rlhf.cli.sandbox:main",
     "quickstart": "lightning_rlhf.cli.quickstart:main",
 }
@@ -28,12 +30,14 @@ training, configured by YAML files that can be stacked and by flags that overrid
   fit         train:  lightning-rlhf fit --config recipes/dpo.yaml --model.policy.path ./my-sft-model
   validate    evaluate on the validation set
   test        evaluate on the test set
-  predict     write log-probabilities (SFT) or implicit rewards (DPO, KTO), one line a row
+  predict     write log-probabilities (SFT), implicit rewards (DPO, KTO) or samples (PPO), one line a row
 
 beside it:
   doctor      show, before a long run, what will happen
   generate    sample completions of prompts
+  best-of-n   keep the best of n samples a prompt by a reward, as data for SFT
   export      turn a checkpoint into an adapter or model directory for transformers, peft and vLLM
+  pipeline    train several stages, such as SFT, reward model and PPO, each on what the former made
   sandbox     write the embedded task: data, tokenizer and a tiny model
   quickstart  train, align and measure a tiny model, in at most 4 minutes on two cores
 

@@ -28,7 +28,8 @@ def run_function(function: Callable[..., Any], arguments: list[str], *, position
     """
     documentation = parse(getdoc(function) or "")
     parser = ArgumentParser(
-        prog=f"lightning-rlhf {function.__name__}", description=documentation.short_description
+        prog=f"lightning-rlhf {function.__name__.replace('_', '-')}",
+        description=documentation.short_description,
     )
     parser.add_argument("-c", "--config", action="config", help="A YAML file with arguments.")
     texts = {parameter.arg_name: parameter.description for parameter in documentation.params}

@@ -3,101 +3,38 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from rich.console import Console
 
-from lightning_rlhf.algorithms import DPO, SFT, Optimization
-from lightning_rlhf.algorithms.base import Algorithm
+from lightning_rlhf.algorithms import RewardModel
 from lightning_rlhf.cli.evaluation import Samples, sample_and_score
 from lightning_rlhf.cli.measure import divergence, win_rate
+from lightning_rlhf.cli.ordering import Ordering, judge
 from lightning_rlhf.cli.plain import run_function
+from lightning_rlhf.cli.plan import PLAN, Build, Plan, Stage, judged_probabilities, write_world
 from lightning_rlhf.cli.report import Row, console_table, write_report
 from lightning_rlhf.cli.stage import train
-from lightning_rlhf.data import PreferenceDataModule, SFTDataModule
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models.export import save_model, written_whole
-from lightning_rlhf.objectives import Sigmoid
-from lightning_rlhf.sandbox.create import create_sandbox
+from lightning_rlhf.models.reward_export import save_reward_model
+from lightning_rlhf.models.scorer import Scorer
 from lightning_rlhf.sandbox.world import World
 
 MARK = "quickstart.json"
-Parts = tuple[Algorithm, L.LightningDataModule]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How one stage is trained; the same could stand in a recipe.
-
-    Attributes:
-        name: Of its folder.
-        metric: The logged value to draw.
-        max_epochs: Passes over the data.
-        batch_size: Prompt groups a step.
-        optimization: Optimizer and schedule.
-        save_every: Optimizer steps between checkpoints.
-    """
-
-    name: str
-    metric: str
-    max_epochs: int
-    batch_size: int
-    optimization: Optimization
-    save_every: int = 50
-
-
-Build = Callable[[Stage, Path, Path], Parts]
-"""A stage, the sandbox's folder and the quickstart's → what is trained on what."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a quickstart does, and at what size.
-
-    Attributes:
-        stages: In the order of training; the others are measured against the first.
-        num_demonstrations: Rows to train SFT on.
-        num_pairs: Pairs to align on.
-        num_prompts: Held-out prompts to sample from.
-    """
-
-    stages: tuple[tuple[Stage, Build], ...]
-    num_demonstrations: int = 20_000
-    num_pairs: int = 3_400
-    num_prompts: int = 500
-
-
-SFT_STAGE = Stage(
-    name="SFT",
-    metric="train/loss",
-    max_epochs=2,
-    batch_size=64,
-    optimization=Optimization(
-        lr=3e-3, weight_decay=0.01, betas=(0.9, 0.95), schedule="cosine", warmup_ratio=0.05
-    ),
-)
-DPO_STAGE = Stage(
-    name="DPO",
-    metric="train/rewards/accuracies",
-    max_epochs=1,
-    batch_size=16,
-    optimization=Optimization(lr=1e-4, schedule="cosine", warmup_ratio=0.1),
-)
-DPO_OBJECTIVE = Sigmoid(beta=0.1)
 SAMPLING = Sampling(max_new_tokens=64, temperature=1.0, batch_size=128)
 
 
 def quickstart(output: Path = Path("quickstart"), seed: int = 0, overwrite: bool = False) -> None:
-    """Train a tiny model on the sandbox, align it by DPO, and measure both by the gold reward.
+    """Train a tiny model on the sandbox, a reward model, and policies by DPO and KTO; measure all of them.
 
     An interrupted run goes on where it was when the same command is given again.
 
     Args:
-        output: The folder to make: sandbox/, sft/, dpo/ (each with checkpoints/, logs/, model/) and report/.
+        output: The folder to make: sandbox/, sft/, rm/, dpo/, kto/ (each with checkpoints/, logs/, model/) and report/.
         seed: Of the task, the model and the training.
         overwrite: Start anew where the folder holds a quickstart.
     """
@@ -123,11 +60,9 @@ def carry_out(plan: Plan, output: Path, seed: int, *, overwrite: bool) -> None:
     world_folder = output / "sandbox"
     if not world_folder.is_dir():
         with console.status("making the sandbox"), written_whole(world_folder) as folder:
-            create_sandbox(
-                folder, seed=seed, num_demonstrations=plan.num_demonstrations, num_pairs=plan.num_pairs
-            )
+            write_world(folder, plan, seed)
     for stage, build in plan.stages:
-        run_stage(stage, build, world_folder, output, seed, console)
+        run_stage(plan, stage, build, output, seed, console)
     report(plan, output, seed, began, console)
 
 
@@ -157,14 +92,7 @@ def prepare(output: Path, seed: int, *, overwrite: bool) -> None:
     mark.write_text(json.dumps({"seed": seed}) + "\n")
 
 
-def run_stage(
-    stage: Stage,
-    build: Build,
-    world_folder: Path,
-    output: Path,
-    seed: int,
-    console: Console,
-) -> None:
+def run_stage(plan: Plan, stage: Stage, build: Build, output: Path, seed: int, console: Console) -> None:
     """Train a stage unless its model is there; a model directory appears only when it is whole."""
     folder = output / stage.name.lower()
     if (folder / "model").is_dir():
@@ -172,7 +100,7 @@ def run_stage(
         return
     console.rule(stage.name)
     L.seed_everything(seed, verbose=False)
-    module, data = build(stage, world_folder, output)
+    module, data = build(stage, output / "sandbox", output)
     curve = train(
         module,
         data,
@@ -182,28 +110,16 @@ def run_stage(
         save_every=stage.save_every,
         gradient_clip_val=1.0,
     )
-    assert module.policy is not None
+    content = {"name": stage.metric, **curve.state_dict()}
     with written_whole(folder / "model") as model_folder:
-        save_model(module.policy.causal_lm, model_folder)
-        module.tokenizer.save_pretrained(model_folder)
-        content = {"name": stage.metric, **curve.state_dict()}
+        if isinstance(module, RewardModel):
+            save_reward_model(cast(Scorer, module.ensemble.scorers[0]), module.tokenizer, model_folder)
+            content["ordering"] = asdict(judge(module, data, judged_probabilities(plan, seed)))
+        else:
+            assert module.policy is not None
+            save_model(module.policy.causal_lm, model_folder)
+            module.tokenizer.save_pretrained(model_folder)
         (model_folder / "training.json").write_text(json.dumps(content) + "\n")
-
-
-def sft_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """SFT from random weights on the demonstrations."""
-    module = SFT(str(world_folder / "model"), optimization=stage.optimization)
-    return module, SFTDataModule(str(world_folder / "sft_train.jsonl"), batch_size=stage.batch_size)
-
-
-def dpo_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """DPO from the SFT model on the annotators' pairs."""
-    module = DPO(str(output / "sft" / "model"), objective=DPO_OBJECTIVE, optimization=stage.optimization)
-    data = PreferenceDataModule(str(world_folder / "preferences_train.jsonl"), batch_size=stage.batch_size)
-    return module, data
-
-
-PLAN = Plan(stages=((SFT_STAGE, sft_parts), (DPO_STAGE, dpo_parts)))
 
 
 def report(plan: Plan, output: Path, seed: int, began: float, console: Console) -> None:
@@ -216,9 +132,13 @@ def report(plan: Plan, output: Path, seed: int, began: float, console: Console) 
     sft: Samples | None = None
     for stage, _ in plan.stages:
         folder = output / stage.name.lower() / "model"
+        training = json.loads((folder / "training.json").read_text())
+        if "ordering" in training:
+            rows.append(reward_model_row(stage, training))
+            continue
         drawn = sample_and_score(folder, prompts, world, sampling=SAMPLING, seed=seed, title=stage.name)
         sft = sft or drawn
-        rows.append(row_of(stage, drawn, sft, json.loads((folder / "training.json").read_text())))
+        rows.append(policy_row(stage, drawn, sft, training))
         samples += [
             {
                 "stage": stage.name,
@@ -233,22 +153,35 @@ def report(plan: Plan, output: Path, seed: int, began: float, console: Console) 
     with written_whole(output / "report") as folder:
         write_report(folder, rows, samples, seconds)
     console.print(console_table(rows))
+    for row in rows:
+        if row.ordering is not None:
+            console.print(f"{row.stage}: {row.ordering}")
     console.print(
         f"{output / 'report'} holds this table, a picture and the samples; {seconds:.0f} seconds in all"
     )
 
 
-def row_of(stage: Stage, drawn: Samples, sft: Samples, training: dict[str, Any]) -> Row:
-    """A stage's row of the table."""
+def policy_row(stage: Stage, drawn: Samples, sft: Samples, training: dict[str, Any]) -> Row:
+    """The row of a stage that trained a policy."""
     return Row(
         stage=stage.name,
+        seconds=training["seconds"],
         gold=drawn.gold,
         divergence=divergence(drawn.model, sft.model, drawn.completions),
         win_rate=win_rate(drawn.gold, sft.gold),
         mean_length=drawn.mean_length,
         malformed=drawn.malformed,
         truncated=drawn.truncated,
+        curve=training,
+    )
+
+
+def reward_model_row(stage: Stage, training: dict[str, Any]) -> Row:
+    """The row of a stage that trained a reward model: it writes nothing, so it has no gold reward."""
+    return Row(
+        stage=stage.name,
         seconds=training["seconds"],
+        ordering=Ordering(**training["ordering"]),
         curve=training,
     )
 

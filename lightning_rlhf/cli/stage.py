@@ -1,4 +1,4 @@
-"""One training of the quickstart: resumable, and finished only when its model directory is there."""
+"""One training of the quickstart or of a pipeline: resumable, and finished only when its model directory is there."""
 
 import time
 from pathlib import Path
@@ -12,6 +12,7 @@ from lightning_rlhf.callbacks import ExactResume
 from lightning_rlhf.models.export import read_checkpoint
 
 LOG_EVERY = 10
+END = "end.ckpt"
 
 
 class Curve(Callback):
@@ -64,6 +65,24 @@ class Curve(Callback):
         """Go on from a checkpoint."""
         self.steps, self.values = list(state_dict["steps"]), list(state_dict["values"])
         self.seconds = state_dict["seconds"]
+
+
+class StageCheckpoint(ModelCheckpoint):
+    """The newest checkpoint of a stage, every so many optimizer steps, and ``end.ckpt`` when it is finished.
+
+    A class of its own, since Lightning allows no two of one class and frequency, and recipes have theirs.
+
+    Args:
+        dirpath: Where they are kept.
+        every_n_train_steps: Optimizer steps between them.
+    """
+
+    def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
+        super().__init__(dirpath, every_n_train_steps=every_n_train_steps)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end; an interrupted training does not come here."""
+        trainer.save_checkpoint(Path(str(self.dirpath)) / END)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """fit, validate, test and predict: LightningCLI with this package's classes."""
 
 import json
-import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -102,6 +102,9 @@ class RLHFCLI(LightningCLI):
     """
 
     def __init__(self, arguments: list[str], *, run: bool = True) -> None:
+        # It warns where it is given arguments while sys.argv holds some. Here they are the same, and have to stay in
+        # sys.argv, by which Lightning starts the other processes of a distributed run.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         super().__init__(
             Algorithm,
             L.LightningDataModule,
@@ -143,8 +146,6 @@ class RLHFCLI(LightningCLI):
 
 
 def _trainer_command(name: str, arguments: list[str]) -> None:
-    # LightningCLI warns where it is given arguments while sys.argv holds some; here they are the same.
-    before, sys.argv = sys.argv, sys.argv[:1]
     try:
         RLHFCLI([name, *arguments])
     except MisconfigurationException as error:
@@ -154,8 +155,6 @@ def _trainer_command(name: str, arguments: list[str]) -> None:
             else ""
         )
         raise ValueError(f"{error}{hint}") from error
-    finally:
-        sys.argv = before
 
 
 def fit(arguments: list[str]) -> None:

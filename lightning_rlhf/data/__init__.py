@@ -2,6 +2,7 @@
 
 from lightning_rlhf.data.collate import PackCollator
 from lightning_rlhf.data.datamodules import PreferenceDataModule, SFTDataModule, UnpairedDataModule
+from lightning_rlhf.data.mix import PretrainingMix
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 from lightning_rlhf.data.prompt_batch import PromptBatch, PromptCollator
 from lightning_rlhf.data.prompt_datamodule import PromptDataModule
@@ -17,6 +18,7 @@ __all__ = [
     "PackCollator",
     "PackedBatch",
     "PreferenceDataModule",
+    "PretrainingMix",
     "PromptBatch",
     "PromptCollator",
     "PromptDataModule",

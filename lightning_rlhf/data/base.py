@@ -207,8 +207,9 @@ class GroupDataModule(L.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "generator": self._generator(),
         }
-        if split == "predict" or (training and getattr(trainer, "overfit_batches", False)):
-            # Here Lightning puts its own samplers in: to know a prediction's row, and to repeat the same batches.
+        if split == "predict" or (split in STAGES["fit"] and getattr(trainer, "overfit_batches", False)):
+            # Here Lightning puts its own samplers in: to know a prediction's row, and to repeat the same batches, of
+            # validation as well.
             return DataLoader(self.datasets[split], batch_size=self.batch_size, **common)
         ranks = None if trainer is None else trainer.distributed_sampler_kwargs
         sampler = self._sampler(

@@ -104,6 +104,29 @@ class PackedBatch:
         """N, the number of completions of all groups."""
         return len(self.num_targets)
 
+    def groups(self) -> list[PromptGroup]:
+        """The prompt groups again, with masks of what counts; waits for the device."""
+        ids, counted = self.input_ids.tolist(), set(zip(*self._counted(), strict=True))
+        found: list[PromptGroup] = []
+        at = completion = 0
+        for g, (prompt, lengths) in enumerate(zip(self.prompt_lengths, self.completion_lengths, strict=True)):
+            start, at = at, at + prompt
+            completions, masks = [], []
+            for length in lengths:
+                completions.append(ids[at : at + length])
+                masks.append([(completion, prompt + place) in counted for place in range(length)])
+                at, completion = at + length, completion + 1
+            extras = {name: float(values[g]) for name, values in self.extras.items()}
+            found.append(
+                PromptGroup(ids[start : start + prompt], completions, masks, self.row_ids[g], extras)
+            )
+        return found
+
+    def _counted(self) -> tuple[list[int], list[int]]:
+        """Of every target, its completion and its position."""
+        completions = [k for k, count in enumerate(self.num_targets) for _ in range(count)]
+        return completions, (self.position_ids[self.predictors] + 1).tolist()
+
     @property
     def max_positions(self) -> int:
         """Tokens of the longest prompt + completion."""

@@ -10,7 +10,6 @@ from lightning_rlhf.metrics.margins import Margins, MeanAndStd
 __all__ = [
     "AnnotatorAgreement",
     "CalibrationError",
-    "Correlation",
     "LengthCorrelation",
     "LongerWins",
     "Margins",
@@ -19,4 +18,3 @@ __all__ = [
     "PairwiseAccuracy",
     "Total",
 ]
-from lightning_rlhf.metrics.correlation import Correlation

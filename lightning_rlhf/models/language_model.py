@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import TokenLogprobs, token_logprobs
 from lightning_rlhf.models import attention
-from lightning_rlhf.models.settings import Layout
+from lightning_rlhf.models.settings import Layout, check_choice
 
 LOGITS_AT_A_TIME = 2**26
 """256 MiB in float32: as many positions are projected to the vocabulary at a time."""
@@ -49,6 +49,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel | PeftModel, layout: Layout = "shared_prefix") -> None:
         super().__init__()
+        check_choice("layout", layout, Layout)
         self.model = model
         self.layout: Layout = layout
         self.layout_reason = "as asked"

@@ -47,7 +47,10 @@ class Reference(nn.Module):
     ) -> None:
         super().__init__()
         fitting = "model" if model is not None else reference_kind(policy)
-        if kind not in (None, "model", "policy", fitting):
+        copied = (
+            fitting == "base" and kind == "adapter"
+        )  # a copy of a fresh adapter is the base, and may follow
+        if kind not in (None, "model", "policy", fitting) and not copied:
             raise ValueError(f"reference {kind!r} does not fit this policy, whose reference is {fitting!r}")
         self.kind: ReferenceKind = kind or fitting
         # The policy is seen, not owned: it must not appear twice among the parameters.
@@ -56,6 +59,30 @@ class Reference(nn.Module):
             self.model = (copy.deepcopy(policy) if model is None else model).requires_grad_(False)
         elif self.kind == "adapter" and isinstance(policy.model, PeftModel):
             copy_adapter(policy.model, REFERENCE_ADAPTER, trainable=False)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Become the policy as it is now.
+
+        Raises:
+            ValueError: If the reference is the base or the policy itself, or a model of another architecture.
+        """
+        (policy,) = self._policy
+        parameters = dict(policy.named_parameters())
+        if self.kind == "model":
+            pairs = {parameter: parameters.get(name) for name, parameter in self.model.named_parameters()}
+        elif self.kind == "adapter":
+            copies = {n: p for n, p in parameters.items() if f".{REFERENCE_ADAPTER}." in n}
+            pairs = {
+                p: parameters[n.replace(f".{REFERENCE_ADAPTER}.", f".{POLICY_ADAPTER}.")]
+                for n, p in copies.items()
+            }
+        else:
+            raise ValueError(f"a reference of kind {self.kind!r} has no weights of its own that could change")
+        for parameter, source in pairs.items():
+            if source is None or source.shape != parameter.shape:
+                raise ValueError("the reference is another model than the policy and cannot become it")
+            parameter.copy_(source)
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Layout = Literal["shared_prefix", "padded"]
@@ -20,6 +20,21 @@ def from_plain(cls: type[Settings], value: Settings | Mapping[str, Any] | None) 
         8
     """
     return cls(**value) if isinstance(value, Mapping) else value
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:  # noqa: ANN401 - a Literal
+    """Refuse what is not among the values of a ``Literal``.
+
+    Raises:
+        ValueError: Naming the argument, the value and the choices.
+
+    Example:
+        >>> check_choice("policy.layout", "shared", Layout)
+        Traceback (most recent call last):
+        ValueError: policy.layout is 'shared'; it must be one of shared_prefix, padded
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, get_args(choices)))}")
 
 
 def changes_base(lora_init: object) -> bool:
@@ -102,6 +117,20 @@ class Policy:
     layout: Layout = "shared_prefix"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what can only be a slip: another layout would be computed without a word, and wrongly."""
+        check_choice("policy.dtype", self.dtype, Dtype)
+        check_choice("policy.layout", self.layout, Layout)
+        for name, value, kind in (
+            ("lora", self.lora, LoRA),
+            ("quantization", self.quantization, Quantization),
+        ):
+            if not isinstance(value, kind | None):
+                raise TypeError(
+                    f"policy.{name} must be {kind.__name__} settings, got {type(value).__name__}: write "
+                    f"{kind.__name__}(…)"
+                )
 
     @staticmethod
     def from_config(config: "Policy | str | Mapping[str, Any]") -> "Policy":

@@ -62,4 +62,4 @@ class Gradients(L.Callback):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
     def on_train_epoch_end(self, trainer, module):
-        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        self.on_train_batch_start(trainer, module, None, 0)

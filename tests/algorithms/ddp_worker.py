@@ -8,11 +8,13 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.algorithms import DPO, KTO, SFT, Optimization
+from lightning_rlhf.algorithms import DPO, KTO, SFT, OnlineDPO, Optimization, RewardModel
 from lightning_rlhf.data.packing import pack
+from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import LoRA, Policy
 from lightning_rlhf.objectives import BCO
 from tests.algorithms.conftest import Gradients, away_from, labelled, random_groups
+from tests.algorithms.test_online_dpo import Ids, prompts
 from tests.models.families import tiny
 
 
@@ -26,6 +28,8 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
         "DPO": DPO,
         "BCO": partial(DPO, objective=BCO(beta=1.0)),
         "KTO": KTO,
+        "RewardModel": partial(RewardModel, num_members=2, member_share=0.7),
+        "OnlineDPO": partial(OnlineDPO, reward=Ids(), sampling=Sampling(max_new_tokens=6, num_samples=3)),
     }
     module = modules[algorithm](policy, optimization=settings)
     points: list[torch.Tensor] = []
@@ -53,9 +57,11 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
     groups = labelled(8) if algorithm == "KTO" else random_groups(8, 1 if algorithm == "SFT" else 2)
     # One process sees all eight rows at once, two see four each: the same optimizer steps.
     loader = DataLoader(groups, batch_size=8 // world, collate_fn=pack)
+    if algorithm == "OnlineDPO":
+        loader = prompts(8, 8 // world)
     trainer.fit(module, loader, loader)
     weights = torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "time/" not in name}
     found = {"gradients": seen.steps, "weights": weights, "metrics": metrics, "points": points}
     torch.save(found, f"{output}.{trainer.global_rank}")
 

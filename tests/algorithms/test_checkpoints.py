@@ -68,6 +68,14 @@ def test_missing_adapters_are_named(trainer, llama_dir, tmp_path):
         trainer().fit(other, loader(), ckpt_path=path)
 
 
+def test_an_adapter_of_another_rank_is_named(trainer, llama_dir, tmp_path):
+    path = fit_and_save(DPO(Policy(llama_dir, lora=LoRA(r=2))), trainer, tmp_path)
+    with pytest.raises(
+        RuntimeError, match=r"lora_A.default.weight has the shape \(2, \d+\) in it, \(3, \d+\) here"
+    ):
+        trainer().fit(DPO(Policy(llama_dir, lora=LoRA(r=3))), loader(), ckpt_path=path)
+
+
 def test_goes_on_from_an_adapter_with_a_copy_as_reference(trainer, llama_dir, tmp_path):
     """SFT with LoRA, its adapter exported, then DPO from it: the reference is the adapter as it was."""
     sft = SFT(Policy(llama_dir, lora=LoRA(r=2)), optimization=Optimization(lr=1e-1))

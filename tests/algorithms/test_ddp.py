@@ -26,7 +26,15 @@ def run(algorithm, model_dir, lora, devices, output):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "lora"), [("SFT", "full"), ("DPO", "lora"), ("BCO", "full"), ("KTO", "lora")]
+    ("algorithm", "lora"),
+    [
+        ("SFT", "full"),
+        ("DPO", "lora"),
+        ("BCO", "full"),
+        ("KTO", "lora"),
+        ("RewardModel", "lora"),
+        ("OnlineDPO", "lora"),
+    ],
 )
 def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
     (one,) = run(algorithm, llama_dir, lora, 1, tmp_path / "one")
@@ -43,4 +51,6 @@ def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
     assert torch.equal(two[0]["weights"], two[1]["weights"])  # every adapter is equal on both ranks
     assert two[0]["metrics"].keys() == one["metrics"].keys()
     for name, value in one["metrics"].items():
+        if name in ("train/min_reward", "train/max_reward", "val/min_reward", "val/max_reward"):
+            continue  # means over batches, which are smaller here
         assert two[0]["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

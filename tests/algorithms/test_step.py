@@ -2,15 +2,17 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.algorithms import DPO, SFT, Optimization
+from lightning_rlhf.algorithms import DPO, PPO, SFT, Optimization, Update
 from lightning_rlhf.algorithms.base import NonFiniteLossError
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.models import LoRA, Policy
 from tests.algorithms.conftest import Gradients, random_groups
+from tests.algorithms.rollouts import ppo, prompts
 from tests.models.families import tiny
 
 PLAIN_SGD = Optimization(name="sgd", lr=1e-2, schedule="constant")
@@ -144,3 +146,55 @@ def test_warmup_and_cosine(trainer, tokenizer, llama):
 def test_a_schedule_without_an_end_is_refused(trainer, tokenizer, llama):
     with pytest.raises(ValueError, match="set max_steps or max_epochs"):
         trainer(max_epochs=-1, max_steps=-1).fit(SFT(llama, tokenizer), loader(random_groups(4, 1), 4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"name": "adam"}, ValueError, "optimization.name is 'adam'; it must be one of adamw"),
+        ({"schedule": "cosin"}, ValueError, "optimization.schedule is 'cosin'; it must be one of cosine"),
+        ({"lr": "1e-5"}, TypeError, "optimization.lr must be a number, got '1e-5'"),
+    ],
+)
+def test_slips_in_the_optimization_are_named(settings, error, message):
+    with pytest.raises(error, match=message):
+        Optimization(**settings)
+
+
+def test_arguments_of_the_wrong_type_are_named(tokenizer, llama):
+    with pytest.raises(TypeError, match=r"objective must be one of .*, got 'sigmoid': write"):
+        DPO(llama, tokenizer, objective="sigmoid")
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer, got the text 'a/model': load it"):
+        SFT(llama, "a/model")
+
+
+def test_sft_refuses_pairs(trainer, tokenizer, llama):
+    """It would learn the rejected completions as well."""
+    with pytest.raises(
+        ValueError, match=r"row 0: SFT needs one completion a prompt.*got 2: use SFTDataModule"
+    ):
+        trainer().fit(SFT(llama, tokenizer), DataLoader(random_groups(2, 2), batch_size=2, collate_fn=pack))
+
+
+@pytest.mark.parametrize("algorithm", [SFT, PPO])
+def test_gradients_are_clipped_under_mixed_precision(algorithm, trainer, llama_dir):
+    """Lightning refuses to clip for an optimizer that unscales in its step, as a fused AdamW does."""
+    norms = []
+
+    class Norms(L.Callback):
+        def on_train_start(self, run, module):
+            run.optimizers[0].register_step_post_hook(
+                lambda *_: norms.append(
+                    torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm()
+                )
+            )
+
+    clip = {"gradient_clip_val": 1e-3} if algorithm is SFT else {}
+    update = Update(num_epochs=1, minibatch_size=2, max_grad_norm=1e-3)
+    module = (
+        SFT(llama_dir) if algorithm is SFT else ppo(llama_dir, optimization=Optimization(), update=update)
+    )
+    data = loader(random_groups(4, 1), 2) if algorithm is SFT else prompts()
+    trainer(precision="bf16-mixed", callbacks=[Norms()], **clip).fit(module, data)
+    assert norms
+    assert all(norm == pytest.approx(1e-3, rel=1e-2) for norm in norms)

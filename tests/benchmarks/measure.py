@@ -90,6 +90,7 @@ def compare(settings: Settings, workload: Workload, precision: str) -> Result:
         "trl_setting": best,
         "trl_settings_tried": tried,
         "speed_ratio": _median(y.seconds / x.seconds for x, y in zip(a, b, strict=True)),
+        "cpu_ratio": _median(y.cpu_seconds / x.cpu_seconds for x, y in zip(a, b, strict=True)),
         "token_ratio": sum(y.tokens for y in b) / sum(x.tokens for x in a),
         "matmul_share": _median(shares),
         "matmul_flops": statistics.median(matmul.rates),
@@ -126,6 +127,7 @@ def rank(settings: Settings, workload: Workload) -> Result:
         "num_completions": size,
         "num_prompts": len(workload.batches[0]),
         "cost": _median(x.seconds / y.seconds for x, y in zip(a, b, strict=True)),
+        "cpu_ratio": _median(y.cpu_seconds / x.cpu_seconds for x, y in zip(a, b, strict=True)),
         "token_ratio": sum(y.tokens for y in b) / sum(x.tokens for x in a),
         "largest_loss_difference": _largest_difference(steps),
         "ours": _summary(a),
@@ -169,7 +171,10 @@ def _interleave(
                 if matmul is not None and worker.name == "ours":
                     matmul.measure()
                 steps[worker.name].append(worker.step(batch))
-            seconds = ", ".join(f"{name} {done[-1].seconds:.2f} s" for name, done in steps.items())
+            last = {name: done[-1] for name, done in steps.items()}
+            seconds = ", ".join(
+                f"{name} {s.seconds:.2f} s (CPU {s.cpu_seconds:.2f} s)" for name, s in last.items()
+            )
             _say(f"{title}, batch {at} of {len(workload.batches) - 1}: {seconds}")
     finally:
         for worker in workers:
@@ -222,6 +227,7 @@ def _median(values: Any) -> float:
 def _summary(steps: list[Step]) -> Result:
     return {
         "seconds": [round(step.seconds, 4) for step in steps],
+        "cpu_seconds": [round(step.cpu_seconds, 4) for step in steps],
         "median_seconds": statistics.median(step.seconds for step in steps),
         "tokens": [step.tokens for step in steps],
         "tokens_per_step": statistics.mean(step.tokens for step in steps),

@@ -54,20 +54,20 @@ class Step:
 
     Attributes:
         seconds: From the batch in hand to the weights updated.
+        cpu_seconds: Of all threads in that time, waiting in a loop included: what a machine with other work can tell.
         loss: Summed over the batch.
         tokens: That the layers of policy (and reference) computed, padding included.
         baseline: Resident MiB before the first step, models built; of PPO, modules imported and no model built.
         peak: Most resident MiB in the steps so far.
-        cpu_seconds: Of the processor, summed over threads: where others share the machine, the number to trust.
         generation_share: Of the seconds, where a step samples and tells it.
     """
 
     seconds: float
+    cpu_seconds: float
     loss: float
     tokens: int
     baseline: float
     peak: float
-    cpu_seconds: float = 0.0
     generation_share: float | None = None
 
 
@@ -156,7 +156,7 @@ class Served:
             self.ready = True
             _reset_peak()
             self.baseline = self.baseline or resident()
-            self.connection.send(Step(0.0, 0.0, 0, self.baseline, self.baseline))
+            self.connection.send(Step(0.0, 0.0, 0.0, 0, self.baseline, self.baseline))
         try:
             batch = collate(self.connection.recv())
         except EOFError:
@@ -168,7 +168,7 @@ class Served:
         """Answer with the step just made."""
         seconds, cpu_seconds = time.perf_counter() - self.started, time.process_time() - self.cpu_started
         baseline = self.baseline or 0.0
-        self.connection.send(Step(seconds, *report, baseline, peak(), cpu_seconds, generation_share))
+        self.connection.send(Step(seconds, cpu_seconds, *report, baseline, peak(), generation_share))
 
 
 def _status(field: str) -> float | None:

@@ -6,7 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_rlhf.cli.quickstart import PLAN, Build, Plan, Stage, carry_out
+from lightning_rlhf.cli.plan import PLAN, Build, Plan, Stage
+from lightning_rlhf.cli.quickstart import carry_out
 
 
 def killed_at(step: int, build: Build) -> Build:
@@ -30,12 +31,19 @@ def small_plan(stage_name: str = "", step: int = -1) -> Plan:
     """The real stages at a size of 24 steps each, a checkpoint every fifth."""
     stages = (
         (
-            replace(stage, batch_size=8, max_epochs=1, save_every=5),
+            replace(stage, batch_size=16 if stage.name == "KTO" else 8, max_epochs=1, save_every=5),
             killed_at(step, build) if stage.name == stage_name else build,
         )
         for stage, build in PLAN.stages
     )
-    return Plan(stages=tuple(stages), num_demonstrations=192, num_pairs=192, num_prompts=12)
+    return Plan(
+        stages=tuple(stages),
+        num_demonstrations=192,
+        num_pairs=192,
+        num_reward_pairs=192,
+        num_reward_test=40,
+        num_prompts=12,
+    )
 
 
 if __name__ == "__main__":

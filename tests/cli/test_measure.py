@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from lightning_rlhf.cli.measure import divergence, standard_error, win_rate
+from lightning_rlhf.cli.measure import Divergence, divergence, standard_error, win_rate
+from lightning_rlhf.cli.ordering import Ordering
 from lightning_rlhf.cli.report import Row, console_table, write_report
 from lightning_rlhf.generation import Sampling, generate
 from lightning_rlhf.models import LanguageModel
@@ -53,25 +54,58 @@ def test_win_rate_is_a_half_against_itself():
 
 
 def row(stage, gold, curve=None):
-    from lightning_rlhf.cli.measure import Divergence
+    return Row(
+        stage=stage,
+        seconds=61.2,
+        gold=gold,
+        divergence=Divergence(1.25, 0.1, 1.3, 1.2),
+        win_rate=0.75,
+        mean_length=20.5,
+        malformed=0.05,
+        truncated=0.0,
+        curve=curve,
+    )
 
-    return Row(stage, gold, Divergence(1.25, 0.1, 1.3, 1.2), 0.75, 20.5, 0.05, 0.0, 61.2, curve)
+
+def reward_model_row():
+    ordering = Ordering(
+        num_pairs=3000,
+        accuracy=0.7,
+        lower=0.68,
+        upper=0.72,
+        best=0.84,
+        longer_wins=0.6,
+        calibration_error=0.0123,
+        length_correlation=0.4,
+    )
+    curve = {"name": "train/accuracy", "steps": [10, 20], "values": [0.5, 0.6]}
+    return Row(stage="RM", seconds=30.0, ordering=ordering, curve=curve)
 
 
 def test_report_holds_the_table_the_picture_and_the_samples(tmp_path):
     curve = {"name": "train/loss", "steps": [10, 20], "values": [2.0, 1.0]}
-    rows = [row("SFT", [1.0, 3.0], curve), row("DPO", [2.0, 4.0])]
+    rows = [row("SFT", [1.0, 3.0], curve), reward_model_row(), row("DPO", [2.0, 4.0])]
     write_report(tmp_path, rows, [{"stage": "SFT", "prompt": "a", "completion": "b"}], seconds=99.6)
     text = (tmp_path / "table.md").read_text()
-    line = "| SFT | 2.00 ± 1.00 | 1.25 ± 0.10 | 1.30, 1.20 | 75% | 20.5 | 5.0% | 0.0% | 61 |"
-    assert line in text
-    assert "2 samples a stage" in text
+    assert (
+        "| SFT | 2.00 ± 1.00 | 1.25 ± 0.10 | 1.30, 1.20 | 75% | 20.5 | 5.0% | 0.0% |  |  |  |  | 61 |" in text
+    )
+    judged = "70.0% (68.0% to 72.0%) | 84.0% | 0.012 | +0.40 | 30 |"
+    assert f"| RM |  |  |  |  |  |  |  | {judged}" in text
+    assert "2 samples a policy" in text
+    assert "3,000 held-out ones" in text
+    assert "preferring the longer answer is right on 60.0%" in text
     assert "100 seconds" in text
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert [(s["stage"], s["gold"], s["divergence"]["kl"]) for s in table["stages"]] == [
-        ("SFT", 2.0, 1.25),
-        ("DPO", 3.0, 1.25),
-    ]
+    sft, rm, dpo = json.loads((tmp_path / "table.json").read_text())["stages"]
+    assert (sft["stage"], sft["gold"], sft["gold_error"], sft["divergence"]["kl"]) == ("SFT", 2.0, 1.0, 1.25)
+    assert (rm["stage"], rm["ordering"]["best"], rm["win_rate"], "gold" in rm) == ("RM", 0.84, None, False)
+    assert (dpo["gold"], dpo["num_samples"]) == (3.0, 2)
     assert (tmp_path / "quickstart.png").read_bytes()[1:4] == b"PNG"
     assert json.loads((tmp_path / "samples.jsonl").read_text())["completion"] == "b"
-    assert console_table(rows).row_count == 2
+    assert console_table(rows).row_count == 3
+    assert str(rows[1].ordering).startswith("right on 70.0% (68.0% to 72.0%) of 3,000 held-out pairs")
+
+
+def test_a_report_without_a_reward_model_says_nothing_of_pairs(tmp_path):
+    write_report(tmp_path, [row("SFT", [1.0, 3.0])], [], seconds=1.0)
+    assert "Pairs:" not in (tmp_path / "table.md").read_text()

@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_rlhf.cli.quickstart import PLAN, carry_out
+from lightning_rlhf.cli.plan import PLAN
+from lightning_rlhf.cli.quickstart import carry_out
+from lightning_rlhf.data.packing import PromptGroup, pack
+from lightning_rlhf.models.reward_directory import load_scorer
+from lightning_rlhf.sandbox import Annotator, World, best_accuracy
 from tests.cli.quickstart_worker import small_plan
 
 ROOT = Path(__file__).parents[2]
 NAMES = [stage.name for stage, _ in PLAN.stages]
+ALGORITHMS = {"RM": "RewardModel"}
+POLICIES = [name for name in NAMES if name != "RM"]
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +50,18 @@ def test_the_report_has_a_row_for_every_stage(finished):
     rows = table(finished)
     assert [row["stage"] for row in rows] == NAMES
     assert (rows[0]["win_rate"], rows[0]["divergence"]["kl"]) == (0.5, 0.0)
-    assert all(row["divergence"]["kl"] > 0 for row in rows[1:])
+    assert all(row["divergence"]["kl"] > 0 for row in rows[1:] if row["stage"] in POLICIES)
     text = (finished / "report" / "table.md").read_text()
     assert all(f"| {name} |" in text for name in NAMES)
-    assert "12 samples a stage" in text
+    assert "12 samples a policy" in text
     assert (finished / "report" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_samples_are_where_the_table_comes_from(finished):
     lines = (finished / "report" / "samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
-    assert [sample["stage"] for sample in samples] == [name for name in NAMES for _ in range(12)]
-    for row in table(finished):
+    assert [sample["stage"] for sample in samples] == [name for name in POLICIES for _ in range(12)]
+    for row in (row for row in table(finished) if row["stage"] in POLICIES):
         own = [sample for sample in samples if sample["stage"] == row["stage"]]
         assert sum(sample["gold"] for sample in own) / 12 == pytest.approx(row["gold"])
         assert sum(sample["malformed"] for sample in own) / 12 == pytest.approx(row["malformed"])
@@ -63,16 +69,46 @@ def test_the_samples_are_where_the_table_comes_from(finished):
     assert {sample["prompt"] for sample in samples} <= held_out
 
 
+def test_the_reward_model_is_judged_on_held_out_pairs(finished):
+    row = table(finished)[NAMES.index("RM")]
+    ordering = row["ordering"]
+    assert row["win_rate"] is None
+    assert "gold" not in row
+    assert (
+        ordering["num_pairs"] == len((finished / "sandbox/reward_test.jsonl").read_text().splitlines()) == 40
+    )
+    assert ordering["lower"] < ordering["accuracy"] < ordering["upper"]
+    world, annotator = World(0), Annotator(World(0))
+    best = best_accuracy([annotator.probability(*pair) for pair in world.pairs(40, "val", seed=1)])
+    assert ordering["best"] == best
+    pairs = [json.loads(line) for line in (finished / "sandbox/reward_test.jsonl").open()]
+    scorer, tokenizer = (
+        load_scorer(str(finished / "rm/model")),
+        AutoTokenizer.from_pretrained(finished / "rm/model"),
+    )
+    scores = [
+        scorer(pack([PromptGroup(tokenizer(p["prompt"]).input_ids, [tokenizer(p[kind] + "</s>").input_ids])]))
+        for p in pairs
+        for kind in ("chosen", "rejected")
+    ]
+    right = sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True))
+    assert ordering["accuracy"] == pytest.approx(right.item() / 40)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_leaves_a_checkpoint_logs_and_a_model(finished, name):
     folder = finished / name.lower()
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert (saved["algorithm"], saved["global_step"]) == (name, 20)
+    assert (saved["algorithm"], saved["global_step"]) == (ALGORITHMS.get(name, name), 20)
     assert (folder / "logs" / "version_0" / "metrics.csv").is_file()
     curve = json.loads((folder / "model" / "training.json").read_text())
     assert curve["steps"] == [10, 20]
     assert curve["seconds"] > 0
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    if name == "RM":
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+        assert load_scorer(str(folder / "model")).head.is_normalized
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
     start = AutoModelForCausalLM.from_pretrained(finished / "sandbox" / "model")
     assert not torch.equal(model.model.norm.weight, start.model.norm.weight)
     assert AutoTokenizer.from_pretrained(folder / "model").pad_token == "<pad>"

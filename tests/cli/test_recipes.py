@@ -22,6 +22,7 @@ ALGORITHMS = {
     "kto": "KTO",
     "reward_model": "RewardModel",
     "reward_ensemble": "RewardModel",
+    "online_dpo": "OnlineDPO",
     **dict.fromkeys(("ppo", "ppo_qlora", "rloo", "grpo"), "PPO"),
 }
 # What samples needs a reward, and short answers on two cores: 8 prompts, and so some optimizer steps a rollout.
@@ -30,6 +31,7 @@ ONLINE = {
     "ppo_qlora": ("--model.reward.model", "sandbox/reward-adapter"),
     "rloo": ("--model.reward.model", "sandbox/reward-model"),
     "grpo": ("--model.reward.function", "sandbox/my_rewards.py:accuracy"),
+    "online_dpo": ("--model.reward.model", "sandbox/reward-model"),
 }
 STEPS_OF_TWO_ROLLOUTS = {"ppo": 8, "ppo_qlora": 8, "rloo": 4, "grpo": 8}
 
@@ -125,7 +127,7 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
         == steps
     )
     if recipe in ONLINE:
-        assert saved["state_dict"]["_extra_state"] == {"num_rollouts": 2}
+        assert saved["state_dict"]["_extra_state"]["num_rollouts"] == 2
     code, printed, error = program("export", checkpoint(tmp_path), "--output", "out", "--merge")
     assert code == 0, error
     assert algorithm in printed

@@ -182,6 +182,13 @@ def test_overfit_batches_repeats_the_same(tmp_path, tokenizer):
     assert [rows for _, rows in module.seen] == [tuple(range(8)), tuple(range(8, 16))] * 2
 
 
+def test_overfit_batches_validates_on_as_many(tmp_path, tokenizer):
+    module = Recorder(tokenizer)
+    datamodule = SFTDataModule(data(), data(DEMONSTRATIONS[:20]))
+    trainer(tmp_path, max_epochs=2, overfit_batches=2).fit(module, datamodule=datamodule)
+    assert module.evaluated == [*range(16)] * 2
+
+
 def test_a_plain_loader_over_tokenised_rows(tmp_path, tokenizer):
     rows, _ = tokenize_sft(data(), tokenizer)
     module = Recorder()

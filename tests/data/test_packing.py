@@ -63,3 +63,11 @@ def test_refuses_an_empty_batch():
 
 def test_nothing_of_a_batch_lies_on_the_device_by_accident():
     assert all(t.dtype == torch.long for t in (pack(GROUPS).input_ids, pack(GROUPS).targets))
+
+
+def test_groups_are_those_that_were_packed():
+    groups = [
+        PromptGroup([5, 6], [[7, 8], [9]], [[False, True], [True]], row_id=3, extras={"margin": 0.5}),
+        PromptGroup([5], [[6, 6, 6]], [[True, False, True]], row_id=4, extras={"margin": 1.5}),
+    ]
+    assert pack(groups).groups() == groups

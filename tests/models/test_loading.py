@@ -179,3 +179,26 @@ def test_dropout_off_and_checkpointing_on(llama_dir):
     disable_dropout(model)
     assert torch.equal(logps(model), logps(model))
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"layout": "shared"},
+            ValueError,
+            "policy.layout is 'shared'; it must be one of shared_prefix, padded",
+        ),
+        ({"dtype": "bf16"}, ValueError, "policy.dtype is 'bf16'; it must be one of auto, float32"),
+        ({"lora": {"r": 2}}, TypeError, r"policy.lora must be LoRA settings, got dict: write LoRA\("),
+    ],
+)
+def test_slips_in_the_policy_are_named(settings, error, message):
+    with pytest.raises(error, match=message):
+        Policy("a/model", **settings)
+
+
+def test_a_model_in_an_unknown_layout_is_refused():
+    """It would be packed without the attention that keeps completions apart: wrong numbers, without a word."""
+    with pytest.raises(ValueError, match="layout is 'shared'; it must be one of shared_prefix, padded"):
+        LanguageModel(tiny("LlamaConfig"), layout="shared")

@@ -1,0 +1,113 @@
+"""The preference family on the sandbox: ``python -m tests.benchmarks.family [--seeds 1 2 3] [--output FOLDER]``.
+
+For every seed: a world, an SFT model, and from it one policy a method on the same 3,400 pairs, as the quickstart
+trains them. Prints a Markdown table. Interrupted, it goes on when the same command is given again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning_rlhf.algorithms import DPO, KTO, Optimization
+from lightning_rlhf.cli.measure import standard_error
+from lightning_rlhf.cli.plan import SFT_STAGE, Build, Parts, Plan, Stage, sft_parts
+from lightning_rlhf.cli.quickstart import carry_out
+from lightning_rlhf.data import PreferenceDataModule, UnpairedDataModule
+from lightning_rlhf.objectives import IPO, ORPO, Objective, Sigmoid, SimPO
+
+HEADER = (
+    "method",
+    "learning rate",
+    "gold reward",
+    "gain over SFT",
+    "KL from SFT (nats)",
+    "length",
+    "malformed",
+    "cut off",
+)
+
+
+def stage(name: str, lr: float, batch_size: int = 16) -> Stage:
+    """One pass over the pairs."""
+    optimization = Optimization(lr=lr, schedule="cosine", warmup_ratio=0.1)
+    return Stage(name, "train/loss", max_epochs=1, batch_size=batch_size, optimization=optimization)
+
+
+def by(objective: Objective) -> Build:
+    """Preference optimisation with an objective, from the SFT model."""
+
+    def parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
+        module = DPO(str(output / "sft" / "model"), objective=objective, optimization=stage.optimization)
+        pairs = str(world_folder / "preferences_train.jsonl")
+        return module, PreferenceDataModule(pairs, batch_size=stage.batch_size)
+
+    return parts
+
+
+def kto(stage: Stage, world_folder: Path, output: Path) -> Parts:
+    """KTO from the SFT model, on the answers of the same pairs."""
+    module = KTO(str(output / "sft" / "model"), beta=0.1, optimization=stage.optimization)
+    pairs = str(world_folder / "preferences_train.jsonl")
+    return module, UnpairedDataModule(pairs, batch_size=stage.batch_size)
+
+
+METHODS: dict[str, tuple[Stage, Build]] = {
+    "DPO, β = 0.1": (stage("DPO", 1e-4), by(Sigmoid(beta=0.1))),
+    "IPO, β = 0.5": (stage("IPO", 1e-4), by(IPO(beta=0.5))),
+    "KTO, β = 0.1": (stage("KTO", 1e-4, batch_size=32), kto),
+    "ORPO, β = 0.5": (stage("ORPO", 1e-4), by(ORPO(beta=0.5))),
+    "SimPO, β = 2, γ = 0.5": (stage("SimPO", 5e-5), by(SimPO(beta=2.0, gamma=0.5))),
+}
+"""What was tuned (learning rate, β) was tuned on seed 0, which is not among the reported ones."""
+PLAN = Plan(stages=((SFT_STAGE, sft_parts), *METHODS.values()), num_reward_pairs=0, num_reward_test=0)
+
+
+def table(reports: list[list[dict[str, Any]]]) -> str:
+    """The Markdown table of the quickstart reports of several seeds."""
+    names = ["SFT", *METHODS]
+    rates = [SFT_STAGE.optimization.lr, *(one.optimization.lr for one, _ in METHODS.values())]
+    lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1)]
+    for place, (name, rate) in enumerate(zip(names, rates, strict=True)):
+        rows = [report[place] for report in reports]
+        gains = [row["gold"] - report[0]["gold"] for row, report in zip(rows, reports, strict=True)]
+        lines.append(
+            (
+                name,
+                f"{rate:.0e}",
+                over_seeds([row["gold"] for row in rows]),
+                over_seeds(gains) if place else "",
+                over_seeds([row["divergence"]["kl"] for row in rows]),
+                over_seeds([row["mean_length"] for row in rows], digits=1),
+                over_seeds([row["malformed"] for row in rows], percent=True),
+                over_seeds([row["truncated"] for row in rows], percent=True),
+            )
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def over_seeds(values: list[float], *, digits: int = 2, percent: bool = False) -> str:
+    """Mean and standard error over seeds."""
+    scale, unit, digits = (100, "%", 1) if percent else (1, "", digits)
+    error = f" ± {standard_error(values) * scale:.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values) * scale:.{digits}f}{error}{unit}"
+
+
+def main() -> None:
+    """Train what is not trained yet, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.family", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=Path("family"))
+    options = parser.parse_args()
+    reports = []
+    for seed in options.seeds:
+        folder = options.output / f"seed_{seed}"
+        if not (folder / "report").is_dir():
+            carry_out(PLAN, folder, seed, overwrite=False)
+        reports.append(json.loads((folder / "report" / "table.json").read_text())["stages"])
+    print(table(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""A pipeline is what the commands fit and export would be given, stage after stage."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_rlhf.cli import pipeline as pipeline_module
+from lightning_rlhf.cli.main import main
+from tests.cli.test_recipes import RECIPES, sandbox  # noqa: F401 - a fixture
+
+ROOT = RECIPES.parent
+
+
+@pytest.fixture
+def tiny(sandbox, tmp_path):  # noqa: F811
+    """The tiny pipeline, cut down to two steps and to one rollout."""
+    (tmp_path / "sandbox").symlink_to(sandbox)
+    (tmp_path / "recipes").symlink_to(RECIPES)
+    settings = yaml.safe_load((RECIPES / "pipelines/tiny.yaml").read_text())
+    for stage in settings["stages"].values():
+        stage["overrides"]["trainer"] = {"max_steps": 2}
+    settings["stages"]["ppo"]["overrides"]["trainer"]["max_steps"] = 4
+    settings["stages"]["ppo"]["overrides"]["model"]["init_args"]["sampling"]["max_new_tokens"] = 4
+
+    def write(**changes):
+        settings["stages"]["sft"].update(changes)
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+    write()
+    return write
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Run ``fit`` in this process, since starting one takes most of the time; the commands that were run."""
+    seen = []
+
+    def run(command, check):
+        assert command[:3] == [sys.executable, "-m", "lightning_rlhf"]
+        seen.append(command[3:])
+        try:
+            main(command[3:])
+        except SystemExit as stop:
+            return subprocess.CompletedProcess(command, int(stop.code or 0))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(pipeline_module.subprocess, "run", run)
+    return seen
+
+
+def given(command, flag):
+    return [value for name, value in zip(command, command[1:], strict=False) if name == flag]
+
+
+def test_stages_run_on_what_the_former_made_and_finished_ones_are_skipped(program, tiny, here, tmp_path):
+    code, printed, error = program("pipeline", "--config", "tiny.yaml")
+    assert code == 0, error[-3000:]
+    assert [Path(given(command, "--config")[0]).stem for command in here] == ["sft", "reward_model", "ppo"]
+    for name in ("sft", "reward_model", "ppo"):
+        assert (tmp_path / "pipeline" / name / "model" / "model.safetensors").is_file()
+    used = yaml.safe_load(next(tmp_path.glob("pipeline/ppo/run/**/config.yaml")).read_text())["model"]
+    assert used["init_args"]["policy"]["path"] == "pipeline/sft/model"
+    assert used["init_args"]["reward"]["init_args"]["model"] == "pipeline/reward_model/model"
+    saved = torch.load(tmp_path / "pipeline/ppo/checkpoints/end.ckpt", weights_only=True)
+    assert (saved["algorithm"], saved["global_step"]) == ("PPO", 4)
+
+    code, printed, _ = program("pipeline", "--config", "tiny.yaml")
+    assert code == 0
+    assert printed.count("done already") == 3
+    assert len(here) == 3
+
+    tiny(merge=False)  # another configuration
+    code, _, error = program("pipeline", "--config", "tiny.yaml")
+    assert code == 1
+    assert "stage sft was begun with another configuration" in error
+    assert "--overwrite to train it and all later stages anew" in error
+    assert (tmp_path / "pipeline/ppo/model").is_dir()
+    code, printed, error = program("pipeline", "--config", "tiny.yaml", "--overwrite")
+    assert code == 0, error[-3000:]
+    assert len(here) == 6
+
+
+def test_a_finished_training_is_exported_without_training_again(program, tiny, here, tmp_path):
+    settings = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    settings["stages"] = {"sft": settings["stages"]["sft"]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    assert program("pipeline", "--config", "tiny.yaml")[0] == 0
+    (tmp_path / "pipeline/sft/model").rename(tmp_path / "before")
+    assert program("pipeline", "--config", "tiny.yaml")[0] == 0
+    weights = [
+        folder / "model.safetensors" for folder in (tmp_path / "before", tmp_path / "pipeline/sft/model")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert len(here) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_pipeline_goes_on_bit_for_bit(program, tiny, tmp_path):
+    """In real processes, all of them killed at once after some checkpoint."""
+    settings = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    sft = settings["stages"]["sft"]
+    sft["overrides"]["trainer"] = {"max_steps": 240, "max_epochs": -1}
+    sft["overrides"]["data"]["init_args"]["batch_size"] = 2
+    settings["stages"] = {"sft": sft}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "lightning_rlhf", "pipeline", "--config", "long.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    checkpoints = tmp_path / "pipeline/sft/checkpoints"
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        end = time.monotonic() + 120
+        while not list(checkpoints.glob("epoch=*.ckpt")) and first.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert list(checkpoints.glob("epoch=*.ckpt")), (tmp_path / "log").read_text()[-3000:]
+    assert not (checkpoints / "end.ckpt").exists(), "it had finished before it could be killed"
+    again = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "sft: continuing from" in again.stdout
+    whole = [*command, "--output", "whole"]
+    subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    ours, theirs = (
+        torch.load(tmp_path / name / "sft/checkpoints/end.ckpt", weights_only=True)["state_dict"]
+        for name in ("pipeline", "whole")
+    )
+    names = [name for name in theirs if name.startswith("policy.")]
+    assert names
+    assert all(torch.equal(ours[name], theirs[name]) for name in names)
+
+
+def test_a_stage_that_fails_is_named(program, tiny, here):
+    tiny(overrides={"data": {"init_args": {"train": "nowhere.jsonl"}}})
+    code, _, error = program("pipeline", "--config", "tiny.yaml")
+    assert code == 1
+    assert "nowhere.jsonl" in error
+    assert "stage sft ended with exit code 1" in error
+    assert len(here) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"overrides": {"model": {"path": "${ppo}"}}},
+            "stage sft: ${ppo} is no earlier stage; those are none",
+        ),
+        ({"config": ["recipes/sftt.yaml"]}, "stage sft: no configuration at recipes/sftt.yaml"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_is(program, tiny, here, tmp_path, changes, message):
+    tiny(**changes)
+    code, _, error = program("pipeline", "--config", "tiny.yaml")
+    assert code == 1
+    assert message in error
+    assert not (tmp_path / "pipeline").exists()
+    assert not here
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"), [("checkpoint_step", 3, 2), ("checkpoint_steps", 0, 1), ("config", [], 1)]
+)
+def test_a_wrong_key_or_value_of_a_stage_is_named(program, tiny, here, key, value, expected):
+    tiny(**{key: value})
+    code, _, error = program("pipeline", "--config", "tiny.yaml")
+    assert code == expected
+    assert key in error
+    assert not here
+
+
+def test_a_folder_of_something_else_is_left_alone(program, tiny, here, tmp_path):
+    (tmp_path / "pipeline/sft").mkdir(parents=True)
+    (tmp_path / "pipeline/sft/mine").write_text("")
+    code, _, error = program("pipeline", "--config", "tiny.yaml", "--overwrite")
+    assert code == 1
+    assert "holds something else than a stage" in error
+    assert (tmp_path / "pipeline/sft/mine").is_file()
+
+
+def test_the_recipe_is_one(tmp_path):
+    """Every stage of it names recipes that are there, and placeholders that are filled."""
+    settings = yaml.safe_load((RECIPES / "pipelines/instructgpt.yaml").read_text())
+    stages = {
+        name: pipeline_module.TrainingStage(
+            **{**stage, "config": [str(RECIPES.parent / path) for path in stage["config"]]}
+        )
+        for name, stage in settings["stages"].items()
+    }
+    plans = {name: pipeline_module.plan_of(name, stages, tmp_path) for name in stages}
+    arguments = plans["ppo"]["overrides"]["model"]["init_args"]
+    assert arguments["policy"]["path"] == str(tmp_path / "sft/model")
+    assert arguments["reward"]["init_args"]["model"] == str(tmp_path / "reward_model/model")
