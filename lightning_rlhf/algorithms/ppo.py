@@ -328,15 +328,17 @@ class PPO(Online):
         """Add the gradient of some completions; returns ½ (log π − log π_old)² of their tokens."""
         batch, known = micro
         hidden = self.policy.hidden_states(batch)
+        bonus = self.update.entropy_coef > 0
         now = self.policy.of_hidden(
-            hidden, batch.targets, temperature=self.sampling.temperature, with_entropy=True
+            hidden, batch.targets, temperature=self.sampling.temperature, with_entropy=bonus
         )
-        assert now.entropy is not None
         clip = self.update.clip_range
         policy_loss = RF.ppo_policy_loss(
             now.logprobs, known["logprobs"], known["advantages"], clip_range=clip
         )
-        losses = policy_loss * known.get("weights", 1.0) - self.update.entropy_coef * now.entropy
+        losses = policy_loss * known.get("weights", 1.0)
+        if now.entropy is not None:
+            losses = losses - self.update.entropy_coef * now.entropy
         detached = now.logprobs.detach()
         moved = RF.approx_kl(detached, known["logprobs"])
         self.assert_ratio_is_one(detached, known["logprobs"])

@@ -7,8 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-PARTS = ["dpo", "sft", "reward", "kto", "ranked", "overhead"]
-WITHOUT_TRL = ["ranked", "overhead"]
+PARTS = ["dpo", "sft", "reward", "kto", "ranked", "overhead", "ppo"]
+WITHOUT_TRL = ["ranked", "overhead", "ppo"]
+TRL_PPO = (
+    "PPO is compared with TRL 1.12, the last release that has it: `pip download trl==1.12.0 --no-deps`, unzip the "
+    "wheel, and give the folder as --trl-ppo or TRL_PPO"
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -22,7 +26,14 @@ def main() -> int:
         help="few steps and one of TRL's settings: whether it runs, not how fast",
     )
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], help="one of DPO's two")
-    parser.add_argument("--steps", type=int, help="measured steps a competitor (12; overhead twice as many)")
+    parser.add_argument(
+        "--steps", type=int, help="measured steps a competitor (12; overhead twice as many, PPO 3)"
+    )
+    parser.add_argument("--roles", choices=["model", "adapter", "generation"], help="one of PPO's three")
+    parser.add_argument("--prompts", type=int, default=32, help="of an iteration of PPO; a multiple of 8")
+    parser.add_argument(
+        "--trl-ppo", type=Path, metavar="FOLDER", default=os.environ.get("TRL_PPO"), help=TRL_PPO
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write every number")
     parser.add_argument("--verbose", action="store_true", help="show what the competitors print")
@@ -39,6 +50,9 @@ def main() -> int:
             "skipped: TRL is not installed (the extra `test` has it); --only ranked and --only overhead run without it"
         )
         return 0
+    if options.trl_ppo is None and options.only == "ppo" and options.roles != "generation":
+        print(f"skipped: {TRL_PPO}; --roles generation runs without it")
+        return 0
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(options.threads))
 
@@ -46,8 +60,17 @@ def main() -> int:
     from tests.benchmarks.report import markdown
 
     steps = options.steps or (2 if options.quick else 12)
-    settings = Settings(assets, steps, options.threads, options.verbose, options.quick)
-    results = run(settings, options.only, options.precision)
+    settings = Settings(
+        assets,
+        steps,
+        options.threads,
+        options.verbose,
+        options.quick,
+        options.steps or (1 if options.quick else 3),
+        options.prompts,
+        options.trl_ppo,
+    )
+    results = run(settings, options.only, options.precision, options.roles)
     print(markdown(results))
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_rlhf.data.packing import pack
+from tests.benchmarks.ppo import run_ppo
 from tests.benchmarks.trl_side import TRL_SETTINGS
 from tests.benchmarks.worker import Spec, Step, Worker
 from tests.benchmarks.workload import Task, Workload, load, model_flops, ranked
@@ -34,6 +35,9 @@ class Settings:
         threads: Of every process, one of which computes at a time.
         verbose: Show what the competitors print.
         quick: Take the first of TRL's settings, instead of trying which is fastest.
+        ppo_steps: Measured iterations of PPO, after one to warm up.
+        num_prompts: Of an iteration of PPO.
+        trl_ppo: Folder of the TRL that still has PPO; None leaves PPO out.
     """
 
     assets: Path
@@ -41,12 +45,17 @@ class Settings:
     threads: int
     verbose: bool
     quick: bool
+    ppo_steps: int = 1
+    num_prompts: int = 32
+    trl_ppo: Path | None = None
 
 
 Result = dict[str, Any]
 
 
-def run(settings: Settings, only: str | None, precision: str | None) -> list[Result]:
+def run(
+    settings: Settings, only: str | None, precision: str | None, roles: str | None = None
+) -> list[Result]:
     """Every part, or one."""
     results = []
     for task in PRECISIONS:
@@ -60,6 +69,8 @@ def run(settings: Settings, only: str | None, precision: str | None) -> list[Res
         results += [rank(settings, ranked(pairs, size, RANKED_BATCH_SIZE)) for size in RANKED_SIZES]
     if only in (None, "overhead"):
         results.append(overhead(settings, load("dpo", settings.assets, 2 * settings.steps + 1)))
+    if only == "ppo" or (only is None and settings.trl_ppo is not None):
+        results += run_ppo(settings, roles)
     return results
 
 

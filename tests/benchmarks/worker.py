@@ -1,6 +1,7 @@
 """A process for each competitor: it steps when it is told to, so that steps interleave and memory is its own."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import resource
@@ -22,13 +23,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spec:
-    """Which competitor a process runs: ``ours``, ``bare``, ``apart`` or one of TRL's settings."""
+    """Which competitor a process runs: ``ours``, ``bare``, ``apart`` or one of TRL's settings.
+
+    Attributes:
+        name: Of the competitor.
+        task: What it computes.
+        precision: Of the Trainer.
+        threads: That it computes with.
+        verbose: Show what it prints.
+        num_prompts: Of PPO: prompts an iteration.
+        num_epochs: Of PPO: passes over a rollout.
+        folder: Of PPO: where ``base`` and ``reward``, an adapter on it, are.
+        trl_ppo: Folder of the TRL that still has PPO.
+    """
 
     name: str
     task: Task
     precision: str
     threads: int
     verbose: bool = False
+    num_prompts: int = 0
+    num_epochs: int = 0
+    folder: str = ""
+    trl_ppo: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,9 @@ class Step:
         cpu_seconds: Of all threads in that time, waiting in a loop included: what a machine with other work can tell.
         loss: Summed over the batch.
         tokens: That the layers of policy (and reference) computed, padding included.
-        baseline: Resident MiB before the first step, models built.
-        peak: Most resident MiB since then.
+        baseline: Resident MiB before the first step, models built; of PPO, modules imported and no model built.
+        peak: Most resident MiB in the steps so far.
+        generation_share: Of the seconds, where a step samples and tells it.
     """
 
     seconds: float
@@ -50,6 +68,7 @@ class Step:
     tokens: int
     baseline: float
     peak: float
+    generation_share: float | None = None
 
 
 class Worker:
@@ -97,8 +116,12 @@ def _serve(connection: Connection, spec: Spec) -> None:
         torch.set_num_threads(spec.threads)
         from tests.benchmarks.competitors import ours_in_a_bare_loop, ours_in_a_trainer
 
-        served = _Served(connection)
-        if spec.name in ("ours", "apart"):
+        served = Served(connection)
+        if spec.task in ("ppo_model", "ppo_adapter", "generation"):
+            from tests.benchmarks.ppo_sides import run_side
+
+            run_side(spec, served)
+        elif spec.name in ("ours", "apart"):
             apart = spec.name == "apart"
             ours_in_a_trainer(spec.task, spec.precision, served.batch, served.done, apart=apart)
         elif spec.name == "bare":
@@ -113,17 +136,26 @@ def _serve(connection: Connection, spec: Spec) -> None:
         sys.exit(1)
 
 
-class _Served:
+class Served:
+    """A competitor's end of the connection: hands out batches, and answers with steps."""
+
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.baseline: float | None = None
+        self.ready = False
         self.started = self.cpu_started = 0.0
+
+    def imported(self) -> None:
+        """Count memory from here on, instead of from the first batch."""
+        gc.collect()
+        self.baseline = resident()
 
     def batch(self, collate: Callable[[list[PromptGroup]], T]) -> T:
         """The next batch, once the parent sends it; the clock starts when it is collated."""
-        if self.baseline is None:
+        if not self.ready:
+            self.ready = True
             _reset_peak()
-            self.baseline = resident()
+            self.baseline = self.baseline or resident()
             self.connection.send(Step(0.0, 0.0, 0.0, 0, self.baseline, self.baseline))
         try:
             batch = collate(self.connection.recv())
@@ -132,10 +164,11 @@ class _Served:
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
         return batch
 
-    def done(self, report: tuple[float, int]) -> None:
+    def done(self, report: tuple[float, int], generation_share: float | None = None) -> None:
         """Answer with the step just made."""
         seconds, cpu_seconds = time.perf_counter() - self.started, time.process_time() - self.cpu_started
-        self.connection.send(Step(seconds, cpu_seconds, *report, self.baseline or 0.0, peak()))
+        baseline = self.baseline or 0.0
+        self.connection.send(Step(seconds, cpu_seconds, *report, baseline, peak(), generation_share))
 
 
 def _status(field: str) -> float | None:

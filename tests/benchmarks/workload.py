@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup
 
-Task = Literal["dpo", "sft", "reward", "kto", "ranked"]
+Task = Literal["dpo", "sft", "reward", "kto", "ranked", "ppo_model", "ppo_adapter", "generation"]
 VOCABULARY = 49_152
 HIDDEN = 512
 INTERMEDIATE = 1_408
@@ -88,6 +88,23 @@ def load(task: Task, assets: Path, count: int, seed: int = 0) -> Workload:
         random.Random(seed).shuffle(groups)
     batches = [groups[at : at + BATCH_SIZE] for at in range(0, len(groups), BATCH_SIZE)][:count]
     return Workload(task, [batch for batch in batches if len(batch) == BATCH_SIZE])
+
+
+def load_prompts(assets: Path, count: int, num_prompts: int, seed: int = 0) -> list[list[PromptGroup]]:
+    """Batches of real prompts to be answered; no id is one of the three special ones, which TRL's masks go by."""
+    from transformers import AutoTokenizer
+
+    from lightning_rlhf.data import load_rows, tokenize_prompts
+
+    rows = load_rows(assets / "preferences/hh_helpful_train.jsonl.gz").select_columns(["prompt"])
+    picked = random.Random(seed).sample(range(len(rows)), min(len(rows), 2 * num_prompts * count))
+    tokenizer = AutoTokenizer.from_pretrained(assets / "gpt2-tokenizer")
+    tokenized, _ = tokenize_prompts(rows.select(picked), tokenizer, max_length=1_024, on_bad_row="drop")
+    groups = [
+        PromptGroup([3 + token % (VOCABULARY - 3) for token in row["prompt_ids"]], [], row_id=row["row_id"])
+        for row in tokenized
+    ]
+    return [groups[at : at + num_prompts] for at in range(0, count * num_prompts, num_prompts)]
 
 
 def _wrapped(group: PromptGroup) -> PromptGroup:
