@@ -68,8 +68,8 @@ class OveroptimizationFit:
         low, high = self.peak_kl_interval
         if math.isinf(self.peak):
             return (
-                f"no peak: β = {self.beta:.3g} is not positive, so the fitted gold reward does not turn down (interval of "
-                f"β {_shown(self.beta_interval)})"
+                f"no peak: β = {self.beta:.3g} is not positive, so the fitted gold reward does not turn down "
+                f"(interval of β {_shown(self.beta_interval)})"
             )
         seen = "" if self.peak_kl <= self.max_kl else f", beyond the data, which end at {self.max_kl:.3g}"
         return f"peak at KL {self.peak_kl:.3g} nats (interval {_shown((low, high))}){seen}"
