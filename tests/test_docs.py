@@ -132,6 +132,7 @@ PUBLIC_MODULES = [
     "lightning_rlhf.functional",
     "lightning_rlhf.objectives",
     "lightning_rlhf.metrics",
+    "lightning_rlhf.metrics.hacking",
     "lightning_rlhf.data",
     "lightning_rlhf.models",
     "lightning_rlhf.generation",

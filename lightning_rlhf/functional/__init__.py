@@ -8,13 +8,21 @@ from lightning_rlhf.functional.advantages import gae, grpo_advantages, reinforce
 from lightning_rlhf.functional.annotators import agreement, cohen_kappa
 from lightning_rlhf.functional.best_of_n import best_of_n_expectation, best_of_n_kl
 from lightning_rlhf.functional.calibration import ReliabilityCurve, calibration_error, reliability_curve
+from lightning_rlhf.functional.decline import (
+    DeclineTest,
+    decline_statistic,
+    decline_test,
+    decline_threshold,
+)
 from lightning_rlhf.functional.divergence import divergence_scores
-from lightning_rlhf.functional.intervals import wilson_interval
+from lightning_rlhf.functional.goodhart import GoodhartEstimate, goodhart_gap
+from lightning_rlhf.functional.intervals import newcombe_interval, wilson_interval
 from lightning_rlhf.functional.kl import kl_k1, kl_k2, kl_k3
 from lightning_rlhf.functional.kl_control import adaptive_kl_coef
 from lightning_rlhf.functional.kto import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from lightning_rlhf.functional.language_modeling import perplexity, sft_loss
 from lightning_rlhf.functional.length import length_correlation, longer_wins_accuracy, soft_overlong_penalty
+from lightning_rlhf.functional.length_controlled import length_controlled_win_rate
 from lightning_rlhf.functional.length_normalized import ipo_loss, length_normalized_dpo_loss
 from lightning_rlhf.functional.logprobs import (
     TokenComparison,
@@ -32,6 +40,7 @@ from lightning_rlhf.functional.margin_losses import (
 )
 from lightning_rlhf.functional.masking import masked_mean, masked_var, masked_whiten
 from lightning_rlhf.functional.moments import mean_and_std
+from lightning_rlhf.functional.overoptimization import OveroptimizationFit, fit_overoptimization
 from lightning_rlhf.functional.pointwise_losses import (
     apo_down_loss,
     apo_zero_loss,
@@ -55,6 +64,7 @@ from lightning_rlhf.functional.preference import (
     smoothed_logistic,
 )
 from lightning_rlhf.functional.ragged import pad_by_sequence, unpad
+from lightning_rlhf.functional.rank_correlation import kendall_correlation, spearman_correlation
 from lightning_rlhf.functional.ranking import (
     Comparisons,
     bradley_terry_loss,
@@ -76,6 +86,9 @@ from lightning_rlhf.functional.transport_losses import aot_loss, aot_unpaired_lo
 
 __all__ = [
     "Comparisons",
+    "DeclineTest",
+    "GoodhartEstimate",
+    "OveroptimizationFit",
     "ReliabilityCurve",
     "TokenComparison",
     "TokenLogprobs",
@@ -98,6 +111,9 @@ __all__ = [
     "cohen_kappa",
     "comparisons",
     "cpo_loss",
+    "decline_statistic",
+    "decline_test",
+    "decline_threshold",
     "discopop_loss",
     "divergence_scores",
     "dpo_loss",
@@ -105,16 +121,20 @@ __all__ = [
     "ensemble_uncertainty_weighted",
     "ensemble_worst_case",
     "exo_loss",
+    "fit_overoptimization",
     "gae",
+    "goodhart_gap",
     "grpo_advantages",
     "hinge_loss",
     "implicit_rewards",
     "ipo_loss",
+    "kendall_correlation",
     "kl_k1",
     "kl_k2",
     "kl_k3",
     "kto_loss",
     "kto_reference_point",
+    "length_controlled_win_rate",
     "length_correlation",
     "length_desensitized_sum",
     "length_normalized_dpo_loss",
@@ -125,6 +145,7 @@ __all__ = [
     "masked_whiten",
     "mean_and_std",
     "nca_loss",
+    "newcombe_interval",
     "orpo_loss",
     "pad_by_sequence",
     "pairwise_accuracy",
@@ -141,6 +162,7 @@ __all__ = [
     "simpo_loss",
     "smoothed_logistic",
     "soft_overlong_penalty",
+    "spearman_correlation",
     "sppo_loss",
     "sum_by_sequence",
     "token_kl",

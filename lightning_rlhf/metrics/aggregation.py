@@ -18,7 +18,11 @@ class _Float64States(Metric):
         before = {name: getattr(self, name) for name in self._defaults}
         super()._apply(fn, *args)
         for name, value in before.items():
-            setattr(self, name, value.to(getattr(self, name).device))
+            now = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, [old.to(new.device) for old, new in zip(value, now, strict=True)])
+            else:
+                setattr(self, name, value.to(now.device))
             default = self._defaults[name]
             self._defaults[name] = default.double() if isinstance(default, Tensor) else default
         self._computed = None  # a cached result was cast as well

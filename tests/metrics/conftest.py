@@ -55,3 +55,17 @@ def numbers(result):
     """The values of a metric as plain floats by name."""
     values = result if isinstance(result, dict) else {"value": result}
     return {key: value.item() for key, value in values.items()}
+
+
+def goodhart_rows(size=48, seed=0):
+    """Evaluations of a run whose gold rises and then falls: step, KL, proxy and gold of the samples of each."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(12):
+        d = 0.3 * index
+        noise = torch.randn(3, size, generator=generator, dtype=torch.float64)
+        kl = d**2 + 0.1 * d * noise[2]
+        rows.append(
+            (10 * index, kl, 3 + d + noise[0], -1 + d * (1.2 - 0.6 * d) + 0.6 * noise[0] + 0.8 * noise[1])
+        )
+    return rows

@@ -7,10 +7,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.metrics.conftest import NAMES, batch, make, numbers
+from lightning_rlhf.metrics import GoodhartGap
+from tests.metrics.conftest import NAMES, batch, goodhart_rows, make, numbers
 
 # Rank 1 has three updates, rank 0 one of another size; together they are rows 0 to 100.
 PARTS = ([80], [1, 13, 7])
+
+
+def goodhart(rank: int, shares: tuple[slice, slice]) -> list[dict[str, float]]:
+    """The run with each evaluation's samples shared between the ranks, and with all of them on rank 0."""
+    found = []
+    for mine in (shares[rank], slice(None) if rank == 0 else None):
+        metric = GoodhartGap()
+        for step, *values in goodhart_rows() if mine is not None else []:
+            metric.update(step, *(value[mine] for value in values))
+        found.append(numbers(metric.compute()))
+    return found
 
 
 def work(rank: int, folder: str) -> None:
@@ -30,6 +42,9 @@ def work(rank: int, folder: str) -> None:
         if rank == 0:
             metric.update(*batch(name))
         results[f"{name} on one rank"] = numbers(metric.compute())
+    results["GoodhartGap"], results["GoodhartGap on one rank"] = goodhart(
+        rank, (slice(0, 30), slice(30, None))
+    )
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.metrics.conftest import NAMES, batch, make, numbers
+from lightning_rlhf.metrics import GoodhartGap
+from tests.metrics.conftest import NAMES, batch, goodhart_rows, make, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,3 +28,8 @@ def test_two_processes_equal_one(tmp_path):
         if name == "CalibrationError":
             for ours, expected in zip(one["curve"], metric.curve(), strict=True):
                 assert ours == pytest.approx(expected.tolist(), rel=1e-12, nan_ok=True)
+    metric = GoodhartGap()
+    for row in goodhart_rows():
+        metric.update(*row)
+    for key in ("GoodhartGap", "GoodhartGap on one rank"):
+        assert one[key] == pytest.approx(numbers(metric.compute()), rel=1e-12), key
