@@ -46,7 +46,8 @@ class Update:
         max_grad_norm: The gradient is scaled down to this norm; None leaves it.
         max_approx_kl: No further epoch where the policy has moved further than this in one, in nats a token, as the
             mean of ½ (log π − log π_old)²; None for no limit.
-        whiten_advantages: Mean 0 and variance 1 over the tokens of the rollout and all ranks.
+        whiten_advantages: Mean 0 and variance 1 over the tokens of the rollout and all ranks; None for where there is a
+            critic (estimators by sequence have a scale of their own).
         average: Of the losses of a step: over ``tokens``, or over ``sequences`` of the mean of their tokens.
         pretrain_coef: Weight of the language-modelling loss of PPO-ptx, a mean over tokens; needs
             :class:`~lightning_rlhf.data.PretrainingMix`. Its text is dealt out to the minibatches of a pass.
@@ -63,7 +64,7 @@ class Update:
     entropy_coef: float = 0.0
     max_grad_norm: float | None = 1.0
     max_approx_kl: float | None = None
-    whiten_advantages: bool = True
+    whiten_advantages: bool | None = None
     average: Literal["tokens", "sequences"] = "tokens"
     pretrain_coef: float = 0.0
     importance_cap: float = 2.0
@@ -258,7 +259,8 @@ class PPO(Online):
             },
         )
         estimate = self.estimator(evidence)
-        if not self.update.whiten_advantages:
+        whiten = self.update.whiten_advantages
+        if not (self.estimator.needs_values if whiten is None else whiten):
             return estimate
         mean = self.mean_over_ranks(estimate.advantages)
         variance = self.mean_over_ranks((estimate.advantages - mean).square())

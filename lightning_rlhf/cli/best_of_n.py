@@ -110,8 +110,8 @@ def worth(scores: Tensor) -> list[tuple[int, float, float, float]]:
         n, the mean reward over prompts, its standard error (nan for one prompt), and the bound of the KL in nats.
 
     Example:
-        >>> [(n, mean) for n, mean, _, _ in worth(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]]))]
-        [(1, 1.5), (2, 2.3333333333333335), (3, 3.0)]
+        >>> [(n, round(mean, 4)) for n, mean, _, _ in worth(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]]))]
+        [(1, 1.5), (2, 2.3333), (3, 3.0)]
     """
     total = scores.shape[1]
     sizes = [2**i for i in range(total.bit_length()) if 2**i < total] + [total]

@@ -179,6 +179,7 @@ ADAM = Optimization(lr=2e-3, eps=1e-3, weight_decay=0.1, schedule="constant")
 SGD = Optimization(name="sgd", lr=3e-2, schedule="constant")
 UPDATE = Update(
     num_epochs=2,
+    whiten_advantages=True,
     minibatch_size=3,
     micro_batch_size=2,
     clip_range=0.03,
