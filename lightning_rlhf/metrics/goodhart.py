@@ -121,22 +121,13 @@ class GoodhartGap(_Float64States):
             ValueError: If a value since the last reset was not finite, or a reward does not vary on the starting
                 policy's samples.
         """
-        evaluations = self._evaluations(self.samples)
-        if not evaluations:
-            return {name: torch.tensor(math.nan, dtype=torch.float64) for name in _NAMES}
-        curve = curve_of(evaluations)
-        latest = self._gap(evaluations[-1], evaluations[0])
-        found = dict(zip(GoodhartEstimate._fields, latest, strict=True))
-        found["kl"] = curve.kl[-1]
-        found["rank_correlation"] = spearman_correlation(curve.proxy, curve.gold)
-        fit = self._fit(curve)
-        values = (
-            (math.nan,) * 4
-            if fit is None
-            else (fit.alpha, fit.beta, fit.peak_kl, fit.kl_left(curve.kl[-1].item()))
+        return summary_of(
+            self._evaluations(self.samples),
+            method=self.method,
+            confidence=self.confidence,
+            num_resamples=self.num_resamples,
+            seed=self.seed,
         )
-        names = ("alpha", "beta", "peak_kl", "kl_left")
-        return found | {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(names, values, strict=True)}
 
     def curve(self) -> GoodhartCurve:
         """All evaluations, over all processes, each of which has to call this.
@@ -145,7 +136,7 @@ class GoodhartGap(_Float64States):
             ValueError: As :meth:`compute`, and if nothing was seen.
         """
         with self.sync_context():
-            samples = list(self.samples) if isinstance(self.samples, list) else self.samples
+            samples = self.samples
         evaluations = self._evaluations(samples)
         if not evaluations:
             raise ValueError("GoodhartGap has seen no sample: call update() first")
@@ -153,7 +144,7 @@ class GoodhartGap(_Float64States):
 
     def fit(self) -> OveroptimizationFit | None:
         """The fitted curve of gold, over all processes; None below four evaluations of different KL."""
-        return self._fit(self.curve())
+        return fit_of(self.curve(), self.method)
 
     def plot(
         self, curve: GoodhartCurve | None = None, ax: "Axes | None" = None
@@ -170,7 +161,7 @@ class GoodhartGap(_Float64States):
         from lightning_rlhf.metrics.goodhart_plot import draw
 
         curve = curve or self.curve()
-        return draw(curve, self._fit(curve), ax)
+        return draw(curve, fit_of(curve, self.method), ax)
 
     def _evaluations(self, samples: Sequence[Tensor] | Tensor) -> list[Tensor]:
         """The samples of each evaluation (N, 4) by step, in an order that no cut into batches or ranks changes."""
@@ -183,21 +174,6 @@ class GoodhartGap(_Float64States):
             rows = rows[rows[:, column].argsort(stable=True)]
         _, counts = rows[:, 0].unique_consecutive(return_counts=True)
         return list(rows.split(counts.tolist()))
-
-    def _gap(self, latest: Tensor, start: Tensor) -> GoodhartEstimate:
-        return goodhart_gap(
-            *latest.T[2:],
-            *start.T[2:],
-            confidence=self.confidence,
-            num_resamples=self.num_resamples,
-            seed=self.seed,
-        )
-
-    def _fit(self, curve: GoodhartCurve) -> OveroptimizationFit | None:
-        kl = curve.kl.clamp(min=0.0)  # k1 and rounding may be below
-        if len(kl.unique()) < _MIN_POINTS:
-            return None
-        return fit_overoptimization(kl, curve.gold, method=self.method)
 
 
 _NAMES = (
@@ -228,3 +204,34 @@ def curve_of(evaluations: Sequence[Tensor]) -> GoodhartCurve:
     errors = torch.stack([rows[:, 2:].std(0) / len(rows) ** 0.5 for rows in evaluations]) / std
     z = (means[:, 2:] - mean) / std
     return GoodhartCurve(means[:, 0], means[:, 1], z[:, 0], z[:, 1], errors[:, 0], errors[:, 1])
+
+
+def fit_of(curve: GoodhartCurve, method: Method) -> OveroptimizationFit | None:
+    """The fitted gold of a curve; None below four evaluations of different KL."""
+    kl = curve.kl.clamp(min=0.0)  # k1 and rounding may be below
+    if len(kl.unique()) < _MIN_POINTS:
+        return None
+    return fit_overoptimization(kl, curve.gold, method=method)
+
+
+def summary_of(
+    evaluations: Sequence[Tensor], *, method: Method, confidence: float, num_resamples: int, seed: int
+) -> dict[str, Tensor]:
+    """What :meth:`GoodhartGap.compute` gives, of evaluations as for :func:`curve_of`."""
+    if not evaluations:
+        return {name: torch.tensor(math.nan, dtype=torch.float64) for name in _NAMES}
+    curve = curve_of(evaluations)
+    latest = goodhart_gap(
+        *evaluations[-1].T[2:],
+        *evaluations[0].T[2:],
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+    fit = fit_of(curve, method)
+    numbers = [math.nan] * 4
+    if fit is not None:
+        numbers = [fit.alpha, fit.beta, fit.peak_kl, fit.kl_left(curve.kl[-1].item())]
+    fitted = [torch.tensor(value, dtype=torch.float64) for value in numbers]
+    ranks = spearman_correlation(curve.proxy, curve.gold)
+    return dict(zip(_NAMES, [*latest, curve.kl[-1], ranks, *fitted], strict=True))

@@ -1,0 +1,160 @@
+"""Held-out prompts, what a policy answers to them, and what two rewards say of the answers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_rlhf.algorithms.rollout import prompt_seeds, sample_rollout
+from lightning_rlhf.callbacks.held_out_kl import prompts_of
+from lightning_rlhf.data import PromptBatch
+from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.functional import sum_by_sequence
+from lightning_rlhf.generation import Generator, Sampling
+from lightning_rlhf.models import LanguageModel, Reference
+from lightning_rlhf.rewards import Reward, score
+
+
+def parts_of(
+    module: L.LightningModule,
+) -> tuple[LanguageModel, Reference, PreTrainedTokenizerBase]:
+    """Policy, reference and tokenizer of a module.
+
+    Raises:
+        ValueError: If it lacks one.
+    """
+    policy, reference = getattr(module, "policy", None), getattr(module, "reference", None)
+    tokenizer = getattr(module, "tokenizer", None)
+    if not isinstance(policy, LanguageModel) or tokenizer is None:
+        raise ValueError(
+            f"GoodhartMonitor samples module.policy with module.tokenizer, which {type(module).__name__} lacks"
+        )
+    if not isinstance(reference, Reference):
+        raise ValueError(
+            "GoodhartMonitor measures the KL from module.reference, and there is none: use an objective with a "
+            "reference and precompute_reference: false, or leave GoodhartMonitor out"
+        )
+    return policy, reference, tokenizer
+
+
+def devices_of(module: L.LightningModule) -> list[torch.device]:
+    """The devices whose random state is to be kept, beside the CPU."""
+    return [module.device] if module.device.type == "cuda" else []
+
+
+def held_out_prompts(trainer: L.Trainer, tokenizer: PreTrainedTokenizerBase, count: int) -> PromptBatch:
+    """The first prompts of the validation data, this rank's share of them.
+
+    Args:
+        trainer: Within ``fit``, with validation data.
+        tokenizer: Of the policy; writes the text of prompts that the data has as token ids only.
+        count: Prompts on all ranks together, at most.
+
+    Raises:
+        ValueError: If there is no validation data.
+        TypeError: If its batches hold neither prompts nor prompt groups.
+    """
+    loaders = trainer.val_dataloaders
+    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+    if not loader:
+        raise ValueError(
+            "held-out prompts are those of the validation data, and there is none: give the datamodule val data (or "
+            "val_fraction), or fit a val_dataloaders"
+        )
+    share = -(-count // trainer.world_size)
+    found = PromptBatch((), (), ())
+    for batch in loader:
+        found = _joined(found, as_prompts(batch, tokenizer), share)
+        if len(found) == share:
+            break
+    return found
+
+
+def as_prompts(batch: Any, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:  # noqa: ANN401 - of any loader
+    """The prompts of a batch of prompts or of prompt groups.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(batch, PromptBatch):
+        return batch
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(f"a batch of validation data is a {type(batch).__name__}, which holds no prompts")
+    ids = prompts_of(batch)
+    texts = tuple(str(tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in ids)
+    return PromptBatch(tuple(ids), texts, texts, {}, tuple(batch.row_ids))
+
+
+def _joined(one: PromptBatch, other: PromptBatch, size: int) -> PromptBatch:
+    names = other.columns
+    return PromptBatch(
+        (*one.prompt_ids, *other.prompt_ids)[:size],
+        (*one.texts, *other.texts)[:size],
+        (*one.prompts, *other.prompts)[:size],
+        {name: [*one.columns.get(name, []), *other.columns[name]][:size] for name in names},
+        (*one.row_ids, *other.row_ids)[:size],
+    )
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What scores samples.
+
+    Attributes:
+        proxy: The reward that training maximises.
+        gold: The reward that it stands for.
+        generator: What samples.
+        sampling: How.
+    """
+
+    proxy: Reward
+    gold: Reward
+    generator: Generator
+    sampling: Sampling
+
+    @torch.no_grad()
+    def rows(
+        self,
+        prompts: PromptBatch,
+        policy: LanguageModel,
+        reference: Reference,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: tuple[int, int],
+        *,
+        of_reference: bool,
+    ) -> list[dict[str, float]]:
+        """Sample a completion of each prompt and score it.
+
+        Args:
+            prompts: At least one.
+            policy: What samples, unless the reference does.
+            reference: What the KL is from.
+            tokenizer: Of both.
+            seed: Of the run, and the number of the evaluation.
+            of_reference: Sample from the reference instead; its KL is 0.
+
+        Returns:
+            ``row``, ``kl`` in nats, ``proxy`` and ``gold`` of each prompt.
+        """
+        seeds = prompt_seeds(*seed, prompts.row_ids)
+        if of_reference:
+            with reference.active() as start:
+                rollout = sample_rollout(prompts, self.generator, start, tokenizer, self.sampling, seeds)
+            kl = torch.zeros(len(rollout))
+        else:
+            rollout = sample_rollout(prompts, self.generator, policy, tokenizer, self.sampling, seeds)
+            device = next(policy.parameters()).device
+            batches = (batch.to(device) for batch in rollout.in_order(self.sampling.batch_size))
+            kl = torch.cat([self._kl(batch, policy, reference) for batch in batches])
+        proxy, gold = (score(judge, rollout.samples).total.tolist() for judge in (self.proxy, self.gold))
+        return [
+            {"row": row, "kl": k, "proxy": p, "gold": g}
+            for row, k, p, g in zip(prompts.row_ids, kl.tolist(), proxy, gold, strict=True)
+        ]
+
+    def _kl(self, batch: PackedBatch, policy: LanguageModel, reference: Reference) -> Tensor:
+        found = reference.compare(policy.hidden_states(batch), batch, temperature=self.sampling.temperature)
+        return sum_by_sequence(found.kl, batch.target_lengths)
