@@ -11,7 +11,6 @@ from lightning_rlhf.metrics.margins import Margins, MeanAndStd
 __all__ = [
     "AnnotatorAgreement",
     "CalibrationError",
-    "Correlation",
     "GoodhartCurve",
     "GoodhartGap",
     "LengthCorrelation",
