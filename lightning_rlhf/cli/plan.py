@@ -63,7 +63,7 @@ class Plan:
     stages: tuple[tuple[Stage, Build], ...]
     num_demonstrations: int = 20_000
     num_pairs: int = 3_400
-    num_rankings: int = 8_000
+    num_rankings: int = 12_000
     num_reward_test: int = 3_000
     num_prompts: int = 500
 
