@@ -22,7 +22,7 @@ DEV     := $(VENV)/.installed-dev
 help:            ## list the targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-quickstart: $(BASE)    ## train, align and measure a tiny model (about 4 minutes on two cores)
+quickstart: $(BASE)    ## train, align and measure a tiny model (at most 10 minutes on two cores)
 	@$(VENV)/bin/lightning-rlhf quickstart $(ARGS)
 
 test: check docs    ## what CI runs: check, the docs with warnings as errors, all tests but the slow ones

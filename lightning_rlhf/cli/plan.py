@@ -55,7 +55,7 @@ class Plan:
         stages: In the order of training; policies are measured against the first.
         num_demonstrations: Rows to train SFT on.
         num_pairs: Pairs to align on.
-        num_reward_pairs: Pairs to train a reward model on: it needs more to tell what annotators like.
+        num_rankings: Prompts with six answers, ranked, to train a reward model on.
         num_reward_test: Held-out pairs to judge it on.
         num_prompts: Held-out prompts to sample from.
     """
@@ -63,13 +63,13 @@ class Plan:
     stages: tuple[tuple[Stage, Build], ...]
     num_demonstrations: int = 20_000
     num_pairs: int = 3_400
-    num_reward_pairs: int = 24_000
+    num_rankings: int = 12_000
     num_reward_test: int = 3_000
     num_prompts: int = 500
 
 
 def write_world(folder: Path, plan: Plan, seed: int) -> None:
-    """Write the sandbox, and the pairs of the reward model beside it.
+    """Write the sandbox, and beside it the reward model's rankings and the pairs that it is judged on.
 
     Args:
         folder: Empty.
@@ -79,10 +79,9 @@ def write_world(folder: Path, plan: Plan, seed: int) -> None:
     create_sandbox(folder, seed=seed, num_demonstrations=plan.num_demonstrations, num_pairs=plan.num_pairs)
     world = World(seed)
     annotator = Annotator(world)
-    for name, rows in {
-        REWARD_TRAIN: world.preferences(plan.num_reward_pairs, annotator),
-        REWARD_TEST: world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW),
-    }.items():
+    rankings = world.rankings(plan.num_rankings, annotator)
+    judged = world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW)
+    for name, rows in ((REWARD_TRAIN, rankings), (REWARD_TEST, judged)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -102,7 +101,7 @@ def sft_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
 
 
 def rm_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """A reward model from the SFT model on the annotators' pairs."""
+    """A reward model from the SFT model on rankings by the annotators."""
     module = RewardModel(
         str(output / "sft" / "model"), optimization=stage.optimization, center_rewards_coef=0.01
     )
@@ -142,7 +141,7 @@ RM_STAGE = Stage(
     name="RM",
     metric="train/accuracy",
     max_epochs=1,
-    batch_size=32,
+    batch_size=10,
     optimization=Optimization(
         lr=1e-3, weight_decay=0.01, betas=(0.9, 0.95), schedule="cosine", warmup_ratio=0.1
     ),

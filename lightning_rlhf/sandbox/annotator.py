@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import exp, log, sqrt
+from random import Random
 
 from lightning_rlhf.sandbox.world import World
 
@@ -70,6 +71,21 @@ class Annotator:
     def probability(self, prompt: str, a: str, b: str) -> float:
         """Probability that an annotator prefers answer a to answer b."""
         return _sigmoid((self.utility(prompt, a) - self.utility(prompt, b)) / self.temperature)
+
+    def rank(self, prompt: str, answers: Sequence[str], rng: Random) -> list[str]:
+        """Sort answers as one annotator would, the best first (Plackett–Luce).
+
+        Each has its utility / temperature and Gumbel noise. So any two of them come in the order that
+        :meth:`probability` gives, however many others there are.
+
+        Args:
+            prompt: A prompt of the sandbox.
+            answers: To sort.
+            rng: Where the noise comes from.
+        """
+        noisy = [self.utility(prompt, a) / self.temperature - log(rng.expovariate(1)) for a in answers]
+        order = sorted(range(len(answers)), key=noisy.__getitem__, reverse=True)
+        return [answers[place] for place in order]
 
 
 def mean_agreement(probabilities: Sequence[float]) -> float:

@@ -119,6 +119,37 @@ class World:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         return rows
 
+    def rankings(
+        self,
+        n: int,
+        annotator: Annotator,
+        num_completions: int = 6,
+        split: Split = "train",
+        seed: int = 0,
+    ) -> list[dict[str, str | list[str]]]:
+        """Draw prompts with several different answers, and let an annotator sort each prompt's, once.
+
+        The answers are by the writers of :meth:`pairs`. For a reward model: K answers make K (K − 1) / 2 comparisons.
+
+        Args:
+            n: How many prompts.
+            annotator: Who sorts.
+            num_completions: Answers to each prompt.
+            split: ``train`` or ``val``.
+            seed: Which draw.
+
+        Returns:
+            Rows ``{"prompt": …, "completions": […]}``, the best completion first.
+        """
+        rng, labels = self._rng("rankings", split, seed), self._rng("ranks", split, seed)
+        rows: list[dict[str, str | list[str]]] = []
+        for prompt in self.prompts(n, split, seed):
+            answers: dict[str, None] = {}
+            while len(answers) < num_completions:
+                answers[_answer(prompt, contestant, rng)] = None
+            rows.append({"prompt": prompt, "completions": annotator.rank(prompt, list(answers), labels)})
+        return rows
+
 
 def _answer(prompt: str, writer: Callable[[Random], Style], rng: Random) -> str:
     return write(parse_prompt(prompt), writer(rng), rng)

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from lightning_rlhf.algorithms import DPO, KTO, Optimization
 from lightning_rlhf.cli.measure import standard_error
 from lightning_rlhf.cli.plan import SFT_STAGE, Build, Parts, Plan, Stage, sft_parts
@@ -55,13 +57,13 @@ def kto(stage: Stage, world_folder: Path, output: Path) -> Parts:
 
 METHODS: dict[str, tuple[Stage, Build]] = {
     "DPO, β = 0.1": (stage("DPO", 1e-4), by(Sigmoid(beta=0.1))),
-    "IPO, β = 0.5": (stage("IPO", 1e-4), by(IPO(beta=0.5))),
+    "IPO, β = 1": (stage("IPO", 1e-4), by(IPO(beta=1.0))),
     "KTO, β = 0.1": (stage("KTO", 1e-4, batch_size=32), kto),
-    "ORPO, β = 0.5": (stage("ORPO", 1e-4), by(ORPO(beta=0.5))),
-    "SimPO, β = 2, γ = 0.5": (stage("SimPO", 5e-5), by(SimPO(beta=2.0, gamma=0.5))),
+    "ORPO, β = 2": (stage("ORPO", 5e-4), by(ORPO(beta=2.0))),
+    "SimPO, β = 2, γ = 0.5": (stage("SimPO", 1e-4), by(SimPO(beta=2.0, gamma=0.5))),
 }
 """What was tuned (learning rate, β) was tuned on seed 0, which is not among the reported ones."""
-PLAN = Plan(stages=((SFT_STAGE, sft_parts), *METHODS.values()), num_reward_pairs=0, num_reward_test=0)
+PLAN = Plan(stages=((SFT_STAGE, sft_parts), *METHODS.values()), num_rankings=0, num_reward_test=0)
 
 
 def table(reports: list[list[dict[str, Any]]]) -> str:
@@ -99,8 +101,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.family", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("family"))
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     reports = []
+    torch.set_num_threads(options.threads)
     for seed in options.seeds:
         folder = options.output / f"seed_{seed}"
         if not (folder / "report").is_dir():

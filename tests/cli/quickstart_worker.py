@@ -40,7 +40,7 @@ def small_plan(stage_name: str = "", step: int = -1) -> Plan:
         stages=tuple(stages),
         num_demonstrations=192,
         num_pairs=192,
-        num_reward_pairs=192,
+        num_rankings=192,
         num_reward_test=40,
         num_prompts=12,
     )

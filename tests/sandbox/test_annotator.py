@@ -90,3 +90,14 @@ def test_impossible_agreement(world, agreement):
 def test_agreement_that_ties_prevent(world):
     with pytest.raises(ValueError, match="too many pairs are ties"):
         Annotator(world, length_bias=0, flattery_bias=0, format_bias=0, agreement=0.9999)
+
+
+def test_two_of_a_ranking_are_ordered_as_a_pair_is(world, annotator):
+    prompt, a, b = world.pairs(3)[2]
+    c = "What a great question."
+    rng = random.Random(0)
+    rankings = [annotator.rank(prompt, [a, c, b], rng) for _ in range(4000)]
+    assert all(sorted(ranking) == sorted([a, b, c]) for ranking in rankings)
+    for x, y in ((a, b), (b, c), (a, c)):
+        expected = annotator.probability(prompt, x, y)
+        assert mean(r.index(x) < r.index(y) for r in rankings) == pytest.approx(expected, abs=0.025)

@@ -25,6 +25,7 @@ def _draws(world, annotator, seed):
         world.demonstrations(20, seed=seed),
         world.pairs(20, seed=seed),
         world.preferences(20, annotator, seed=seed),
+        world.rankings(20, annotator, seed=seed),
     )
 
 
@@ -52,7 +53,8 @@ def test_known_draw(world):
 def test_a_longer_draw_begins_with_the_shorter(world, annotator):
     for draw in (world.prompts, world.demonstrations, world.pairs):
         assert draw(50)[:10] == draw(10)
-    assert world.preferences(50, annotator)[:10] == world.preferences(10, annotator)
+    for draw in (world.preferences, world.rankings):
+        assert draw(50, annotator)[:10] == draw(10, annotator)
 
 
 def _questions(prompts):
@@ -107,6 +109,16 @@ def test_preferences_are_labelled_pairs(world, annotator):
         assert {row["chosen"], row["rejected"]} == {a, b}
     firsts = mean(row["chosen"] == a for row, (_, a, _) in zip(rows, pairs, strict=True))
     assert 0.4 < firsts < 0.6  # the order of a pair says nothing
+
+
+def test_rankings_are_of_different_answers_the_better_first(world, annotator):
+    rows = world.rankings(200, annotator, num_completions=4)
+    assert [row["prompt"] for row in rows] == world.prompts(200)
+    assert all(len(row["completions"]) == len(set(row["completions"])) == 4 for row in rows)
+    by_place = [
+        mean(annotator.utility(r["prompt"], r["completions"][place]) for r in rows) for place in range(4)
+    ]
+    assert by_place == sorted(by_place, reverse=True)
 
 
 KNOWN = {
