@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(algorithm, model_dir, lora, devices, output):
     """Under `timeout -k`: a hang between two processes does not end on SIGTERM."""
-    command = ["timeout", "-k", "5", "120", sys.executable, "-m", "tests.algorithms.ddp_worker"]
+    command = ["timeout", "-k", "5", "300", sys.executable, "-m", "tests.algorithms.ddp_worker"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, algorithm, model_dir, lora, str(devices), str(output)],
@@ -30,10 +30,10 @@ def run(algorithm, model_dir, lora, devices, output):
     [
         ("SFT", "full"),
         ("DPO", "lora"),
-        ("BCO", "full"),
+        pytest.param("BCO", "full", marks=pytest.mark.slow),
         ("KTO", "lora"),
         ("RewardModel", "lora"),
-        ("OnlineDPO", "lora"),
+        pytest.param("OnlineDPO", "lora", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
