@@ -148,11 +148,15 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     curves = [row for row in rows if row.curve]
-    figure = Figure(figsize=(4.2 * (len(curves) + 1), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(curves) + 1, squeeze=False)[0]
+    across = min(3, len(curves) + 1)
+    down = len(curves) // across + 1
+    figure = Figure(figsize=(4.2 * across, 3.6 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
     for axis, row in zip(axes, curves, strict=False):
         draw_curve(row, axis)
-    draw_gold([row for row in rows if row.gold is not None], axes[-1])
+    draw_gold([row for row in rows if row.gold is not None], axes[len(curves)])
+    for axis in axes[len(curves) + 1 :]:
+        axis.remove()
     figure.savefig(path, dpi=130)
 
 
