@@ -270,7 +270,8 @@ class Algorithm(L.LightningModule):
                 "five each). Was it trained with another policy, or with other LoRA settings?"
             )
         for name in sorted(expected & found):
-            if own[name].shape != state_dict[name].shape:
+            # Metrics also keep plain numbers.
+            if isinstance(own[name], Tensor) and own[name].shape != state_dict[name].shape:
                 raise RuntimeError(
                     f"the checkpoint does not fit this {type(self).__name__}: {name} has the shape "
                     f"{tuple(state_dict[name].shape)} in it, {tuple(own[name].shape)} here. Was it trained with "
