@@ -47,7 +47,7 @@ options:
   --debug     (anywhere) show the traceback of an error; so does LIGHTNING_RLHF_DEBUG=1
 """
 
-FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+FAILURE, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 # How jsonargparse begins its report of what a module's constructor raised, which is the report's cause.
 WRAPPED = "Does not validate against any of the Union subtypes"
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With 1 after an error that is said in one message, 2 where the command line or a configuration
-            is wrong, 130 after Ctrl-C.
+            is wrong, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("LIGHTNING_RLHF_DEBUG", "0") not in ("", "0")
@@ -96,6 +96,13 @@ def run(name: str, arguments: list[str], *, debug: bool = False) -> None:
         command(arguments)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into an exit with 1, and SIGTERM into a kind of SystemExit that looks like success.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            _fail("interrupted", INTERRUPTED)
+        if type(stop) is not SystemExit:
+            _fail("terminated", TERMINATED)
+        raise
     # These are what a wrong file, setting, model or machine raises (RuntimeError: non-finite loss, a checkpoint
     # that does not fit, out of memory). Others are this program's own mistakes and keep their traceback.
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:

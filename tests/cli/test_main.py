@@ -1,9 +1,12 @@
 import importlib
+import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
+from lightning import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_rlhf import __version__
 from lightning_rlhf.cli import main as program_module
@@ -82,6 +85,25 @@ def test_an_error_is_one_message(program, monkeypatch, error, code, text):
     if code == 1:
         with pytest.raises(type(error)):
             program("fit", "--debug")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_training_is_no_success(program, monkeypatch, tmp_path, number, code):
+    class Stopped(BoringModel):
+        def on_train_batch_end(self, *_):
+            signal.raise_signal(number)
+
+    def fit(arguments):
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        Trainer(max_steps=3, accelerator="cpu", default_root_dir=tmp_path, **quiet).fit(Stopped())
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(program_module, "fail", fit, raising=False)
+    monkeypatch.setitem(COMMANDS, "fit", "lightning_rlhf.cli.main:fail")
+    found, _, printed = program("fit")
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored.
+    assert found == code
+    assert "Traceback" not in printed
 
 
 def test_flags_and_yaml_reach_nested_settings(program, config):
