@@ -115,7 +115,7 @@ def sample_rollout(
     Raises:
         ValueError: If a prompt has no token or leaves no room for ``max_new_tokens``, or a completion came back empty.
     """
-    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    room = policy.context_length
     for row, ids in zip(batch.row_ids, batch.prompt_ids, strict=True):
         if not ids:
             raise ValueError(f"row {row}: the prompt has no token; give it a start token")

@@ -146,6 +146,12 @@ class LanguageModel(nn.Module):
         )
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt + completion that the model was made for; None where its configuration does not say."""
+        length: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return length
+
+    @property
     def chunk_size(self) -> int:
         """Positions that are projected to the vocabulary at a time."""
         return max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rlhf.algorithms import DPO, PPO, SFT, Optimization, Update
 from lightning_rlhf.algorithms.base import NonFiniteLossError
-from lightning_rlhf.data.packing import pack
+from lightning_rlhf.data.packing import PromptGroup, pack
 from lightning_rlhf.models import LoRA, Policy
 from tests.algorithms.conftest import Gradients, random_groups
 from tests.algorithms.rollouts import ppo, prompts
@@ -198,3 +198,18 @@ def test_gradients_are_clipped_under_mixed_precision(algorithm, trainer, llama_d
     trainer(precision="bf16-mixed", callbacks=[Norms()], **clip).fit(module, data)
     assert norms
     assert all(norm == pytest.approx(1e-3, rel=1e-2) for norm in norms)
+
+
+def test_tokens_of_another_model_are_refused(trainer, tokenizer, llama):
+    groups = [PromptGroup([5], [[6, 10_000]], row_id=3)]
+    with pytest.raises(
+        ValueError, match=r"token id 10000 in the batch of rows \[3\], and the model's embedding has"
+    ):
+        trainer().fit(SFT(llama, tokenizer), DataLoader(groups, batch_size=1, collate_fn=pack))
+
+
+def test_rows_past_the_context_are_warned_of(trainer, tokenizer, llama):
+    room = llama.config.max_position_embeddings
+    groups = [PromptGroup([5], [[6] * room])]
+    with pytest.warns(UserWarning, match=f"a row has {room + 1} tokens, and the model's context is {room}"):
+        trainer().fit(SFT(llama, tokenizer), DataLoader(groups, batch_size=1, collate_fn=pack))
