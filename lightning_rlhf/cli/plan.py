@@ -55,7 +55,8 @@ class Plan:
         stages: In the order of training; policies are measured against the first.
         num_demonstrations: Rows to train SFT on.
         num_pairs: Pairs to align on.
-        num_rankings: Prompts with six answers, ranked, to train a reward model on.
+        num_rankings: Prompts with several answers, ranked, to train a reward model on.
+        num_ranked: Answers in a ranking.
         num_reward_test: Held-out pairs to judge it on.
         num_prompts: Held-out prompts to sample from.
     """
@@ -64,6 +65,7 @@ class Plan:
     num_demonstrations: int = 20_000
     num_pairs: int = 3_400
     num_rankings: int = 12_000
+    num_ranked: int = 6
     num_reward_test: int = 3_000
     num_prompts: int = 500
 
@@ -79,7 +81,7 @@ def write_world(folder: Path, plan: Plan, seed: int) -> None:
     create_sandbox(folder, seed=seed, num_demonstrations=plan.num_demonstrations, num_pairs=plan.num_pairs)
     world = World(seed)
     annotator = Annotator(world)
-    rankings = world.rankings(plan.num_rankings, annotator)
+    rankings = world.rankings(plan.num_rankings, annotator, plan.num_ranked)
     judged = world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW)
     for name, rows in ((REWARD_TRAIN, rankings), (REWARD_TEST, judged)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,9 +104,7 @@ def sft_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
 
 def rm_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
     """A reward model from the SFT model on rankings by the annotators."""
-    module = RewardModel(
-        str(output / "sft" / "model"), optimization=stage.optimization, center_rewards_coef=0.01
-    )
+    module = RewardModel(str(output / "sft" / "model"), optimization=stage.optimization)
     data = PreferenceDataModule(
         str(world_folder / REWARD_TRAIN),
         val=str(world_folder / "preferences_val.jsonl"),

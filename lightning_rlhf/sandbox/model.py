@@ -41,18 +41,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+def build_policy(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, *, num_layers: int = 2
+) -> LlamaForCausalLM:
     """A Llama of about 390,000 random weights, in float32.
 
     Args:
         tokenizer: Of :func:`build_tokenizer`; gives the size of the vocabulary and the special ids.
         seed: Of the weights; torch's own random state is left as it was.
+        num_layers: Of some 190,000 weights each.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=320,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
