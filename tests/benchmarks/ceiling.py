@@ -1,7 +1,7 @@
 """A reward model near the best reachable accuracy: ``python -m tests.benchmarks.ceiling [--seed 1]``.
 
-A deeper model than the quickstart's, SFT, and more rankings of more answers; judged on 3,000 held-out pairs. Interrupted,
-it goes on when the same command is given again.
+A deeper model than the quickstart's, SFT, and more rankings of more answers; judged on 3,000 held-out pairs.
+Interrupted, it goes on when the same command is given again.
 """
 
 import argparse
