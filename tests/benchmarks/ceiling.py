@@ -1,4 +1,4 @@
-"""A reward model near the best reachable accuracy: ``python -m tests.benchmarks.ceiling [--seed 1]``.
+"""How near a reward model comes to the best accuracy: ``python -m tests.benchmarks.ceiling [--seed 1]``.
 
 A deeper model than the quickstart's, SFT, and more rankings of more answers; judged on 3,000 held-out pairs.
 Interrupted, it goes on when the same command is given again.

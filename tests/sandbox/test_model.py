@@ -79,6 +79,11 @@ def test_policy_is_small_and_seeded(tokenizer):
     assert policy.generation_config.pad_token_id == policy.config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_deeper(tokenizer):
+    assert len(build_policy(tokenizer, num_layers=4).model.layers) == 4
+    assert len(build_policy(tokenizer).model.layers) == 2
+
+
 def test_saved_and_loaded(tokenizer, rows, tmp_path):
     policy = build_policy(tokenizer)
     policy.save_pretrained(tmp_path)
