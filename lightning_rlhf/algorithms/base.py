@@ -231,11 +231,15 @@ class Algorithm(L.LightningModule):
     def record(
         self, stage: str, batch: PackedBatch, values: Mapping[str, Tensor | tuple[Tensor, ...]]
     ) -> None:
+        """Record values of a batch, and count its tokens in training."""
+        self.record_values(stage, values)
+        if stage == "train":
+            self.num_tokens.update(batch.input_ids.numel())
+
+    def record_values(self, stage: str, values: Mapping[str, Tensor | tuple[Tensor, ...]]) -> None:
         """Add values to the metrics of a stage (a tuple as several arguments); nothing is synchronised here."""
         for name, value in values.items():
             self._metric(stage, name).update(*(value if isinstance(value, tuple) else (value,)))
-        if stage == "train":
-            self.num_tokens.update(batch.input_ids.numel())
 
     def _metric(self, stage: str, name: str) -> Metric:
         return cast(Metric, self.metrics[metric_key(stage, name)])

@@ -134,6 +134,13 @@ class Online(Referenced):
             self._assert_equal_at_start(logps, ref_logps, batch)
         return found
 
+    @torch.no_grad()
+    def compare_all(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What policy and reference say of every token of all samples, each ``(M,)``."""
+        batches = (packed.to(self.device) for packed in rollout.in_order(self.sampling.batch_size))
+        parts = [self.compare(self.policy.hidden_states(packed), packed) for packed in batches]
+        return dict(zip(TokenComparison._fields, map(torch.cat, zip(*parts, strict=True)), strict=True))
+
     def record_rollout(
         self, stage: str, rollout: Rollout, scores: Tensor, known: Mapping[str, Tensor]
     ) -> Tensor:
@@ -155,11 +162,6 @@ class Online(Referenced):
             },
         )
         return kl
-
-    def record_values(self, stage: str, values: Mapping[str, Tensor]) -> None:
-        """Add values to the running means of a stage."""
-        for name, value in values.items():
-            self._metric(stage, name).update(value)
 
     def finish_rollout(self, rollout: Rollout) -> None:
         """Count it, and log its means."""
@@ -193,9 +195,7 @@ class Online(Referenced):
         greedy = self.sample(batch, replace(self.sampling, num_samples=1, temperature=0.0))
         scores = self.score(stage, sampled.samples)
         greedy_scores = score(self.reward, greedy.samples).total
-        batches = (packed.to(self.device) for packed in sampled.in_order(self.sampling.batch_size))
-        parts = [self.compare(self.policy.hidden_states(packed), packed) for packed in batches]
-        known = dict(zip(TokenComparison._fields, map(torch.cat, zip(*parts, strict=True)), strict=True))
+        known = self.compare_all(sampled)
         kl = self.record_rollout(stage, sampled, scores, known)
         self.record_values(stage, {GREEDY: greedy_scores})
         for i, prompt in enumerate(sampled.samples.prompts):

@@ -13,10 +13,9 @@ from lightning_rlhf.algorithms.base import Algorithm, plain
 from lightning_rlhf.algorithms.online import Online
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.algorithms.pairs import LENGTH_CORRELATION, pair_metric_names, pair_metrics
-from lightning_rlhf.algorithms.rollout import Micro, Rollout
+from lightning_rlhf.algorithms.rollout import Micro
 from lightning_rlhf.algorithms.running_mean import RunningMean
 from lightning_rlhf.data import PromptBatch
-from lightning_rlhf.functional import TokenComparison
 from lightning_rlhf.generation import Generator, Sampling
 from lightning_rlhf.metrics import LengthCorrelation
 from lightning_rlhf.models import Policy, Reference
@@ -126,7 +125,7 @@ class OnlineDPO(Online):
         self.update_reference()
         rollout = self.sample(batch)
         scores = self.score("train", rollout.samples)
-        known = self.evaluate(rollout)
+        known = self.compare_all(rollout)
         self.record_rollout("train", rollout, scores, known)
         chosen = self.best_and_worst(scores)
         # A backward has to run on every rank, whatever this one has to learn from: a batch of ties has one dummy pair.
@@ -134,13 +133,6 @@ class OnlineDPO(Online):
         losses = self.pair_losses(Micro(pairs.batch.to(self.device), pairs.tokens), counted=bool(chosen))
         self.count_rollout(rollout)
         return self.step_mean(losses, pairs.batch)
-
-    @torch.no_grad()
-    def evaluate(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What policy and reference say of every token of all samples, each ``(M,)``."""
-        batches = (packed.to(self.device) for packed in rollout.in_order(self.sampling.batch_size))
-        parts = [self.compare(self.policy.hidden_states(packed), packed) for packed in batches]
-        return dict(zip(TokenComparison._fields, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
     def best_and_worst(self, scores: Tensor) -> list[int]:
         """Places of the best and the worst completion of every prompt, one after the other, ties left out.
@@ -171,8 +163,7 @@ class OnlineDPO(Online):
         losses: Tensor = self.objective(pairs)
         if not counted:
             return losses[:0]
-        for name, value in pair_metrics(self.objective, losses, completions, pairs, tokens, batch).items():
-            self._metric("train", name).update(*(value if isinstance(value, tuple) else (value,)))
+        self.record_values("train", pair_metrics(self.objective, losses, completions, pairs, tokens, batch))
         if self.reward_mean is not None:
             self.reward_mean.update(self.objective.rewards(completions))
         return losses

@@ -203,8 +203,8 @@ class PPO(Online):
 
     def training_step(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> None:
         """Sample, score, estimate advantages, optimise."""
-        prompts, text = self.streams(batch)
-        rollout = self.sample(prompts)
+        rollout = self.sample(self.prompts_of(batch))
+        text = self.text_of(batch)
         self.rollout_size = len(rollout)
         scores = self.score("train", rollout.samples)
         known = self.evaluate(rollout)
@@ -363,16 +363,24 @@ class PPO(Online):
         self.manual_backward(self.step_mean(losses, batch))
         return moved
 
-    def streams(self, batch: PromptBatch | Mapping[str, Any]) -> tuple[PromptBatch, list[PromptGroup]]:
-        """The prompts of a batch, and the text of PPO-ptx beside them."""
-        if not isinstance(batch, Mapping):
-            if self.update.pretrain_coef:
-                raise ValueError(
-                    f"update.pretrain_coef is {self.update.pretrain_coef} and the data has no text beside its prompts: "
-                    "use PretrainingMix, or set it to 0"
-                )
-            return batch, []
-        return batch[PROMPTS], batch[PRETRAIN].groups() if self.update.pretrain_coef else []
+    def prompts_of(self, batch: PromptBatch | Mapping[str, Any]) -> PromptBatch:
+        """The prompts of a batch, which may have the text of PPO-ptx beside them."""
+        if isinstance(batch, Mapping):
+            prompts: PromptBatch = batch[PROMPTS]
+            return prompts
+        if self.update.pretrain_coef:
+            raise ValueError(
+                f"update.pretrain_coef is {self.update.pretrain_coef} and the data has no text beside its prompts: "
+                "use PretrainingMix, or set it to 0"
+            )
+        return batch
+
+    def text_of(self, batch: PromptBatch | Mapping[str, Any]) -> list[PromptGroup]:
+        """The text of PPO-ptx in a batch; none where nothing is to be learned from it."""
+        if not self.update.pretrain_coef or not isinstance(batch, Mapping):
+            return []
+        text: PackedBatch = batch[PRETRAIN]
+        return text.groups()
 
     def backward_text(
         self, groups: Sequence[PromptGroup], rollout: Rollout, minibatch: Sequence[int]
@@ -453,7 +461,7 @@ class PPO(Online):
 
     def on_train_batch_start(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> None:
         """Before the first rollout: whether the Trainer counts in whole ones."""
-        batch, _ = self.streams(batch)
+        batch = self.prompts_of(batch)
         require_prompts(batch)
         if self.rollout_size == 0:
             varies = self.update.max_approx_kl is not None

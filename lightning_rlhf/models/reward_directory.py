@@ -106,13 +106,13 @@ def read_head(path: str) -> ScoreHead | None:
     Raises:
         ValueError: If it is a classifier but has not one label, or no safetensors with ``score.weight``.
     """
-    if adapter_config(path) is None:
-        if not is_classifier(path):
-            return None
+    adapter = adapter_config(path)
+    scores = is_classifier(path) if adapter is None else adapter.task_type == TaskType.SEQ_CLS
+    if not scores:
+        return None
+    if adapter is None:
         weight = _tensor(path, "model.safetensors", HEAD)
     else:
-        if adapter_config(path).task_type != TaskType.SEQ_CLS:  # type: ignore[union-attr]
-            return None
         weight = _tensor(path, "adapter_model.safetensors", ADAPTER_HEAD)
     if weight is None:
         raise ValueError(
