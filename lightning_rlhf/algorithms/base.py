@@ -8,7 +8,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor, nn
@@ -81,7 +80,6 @@ class Algorithm(L.LightningModule):
         self._loss_sum: Tensor | float = 0.0
         self._rows: list[int] = []
         self._stepped = False
-        self._warned_of_context = False
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -130,33 +128,6 @@ class Algorithm(L.LightningModule):
                 f"schedule {self.optimization.schedule!r} needs the number of steps, and this Trainer has no end: set "
                 "max_steps or max_epochs, or choose optimization.schedule: constant"
             )
-
-    # --- the data -------------------------------------------------------------------------------------------------
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - any batch
-        """While it is still on the host, check that a batch is of this model's tokens and fits its context.
-
-        Raises:
-            ValueError: If a token id has no row in the embedding.
-        """
-        if isinstance(batch, PackedBatch):
-            weight = cast(Tensor, self.policy.causal_lm.get_input_embeddings().weight)
-            rows = weight.shape[0]
-            largest = int(batch.input_ids.max())
-            if largest >= rows:
-                raise ValueError(
-                    f"token id {largest} in the batch of rows {list(batch.row_ids)[:8]}, and the model's embedding has "
-                    f"{rows} rows: the data was tokenised with another model's tokenizer; leave the datamodule's "
-                    "tokenizer out, and it takes the module's"
-                )
-            room = self.policy.context_length
-            if room is not None and batch.max_positions > room and not self._warned_of_context:
-                self._warned_of_context = True
-                rank_zero_warn(
-                    f"a row has {batch.max_positions} tokens, and the model's context is {room}: set the datamodule's "
-                    "max_length (rows are cut and counted), or expect little from what is past it"
-                )
-        return batch
 
     # --- one optimizer step ---------------------------------------------------------------------------------------
 

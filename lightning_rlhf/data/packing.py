@@ -78,6 +78,7 @@ class PackedBatch:
         completion_lengths: Tokens of each completion, G tuples.
         num_targets: ``target_lengths`` on the host, N integers.
         row_ids: G integers.
+        largest_id: The largest token id, on the host: whether a model has a row for every token.
         extras: Numbers a group, each ``(G,)``.
         ranks: Of the completions within their group, lower is better, ``(N,)``; None where the data does not rank.
     """
@@ -91,6 +92,7 @@ class PackedBatch:
     completion_lengths: tuple[tuple[int, ...], ...]
     num_targets: tuple[int, ...]
     row_ids: tuple[int, ...]
+    largest_id: int
     extras: dict[str, Tensor] = field(default_factory=dict)
     ranks: Tensor | None = None
 
@@ -255,6 +257,7 @@ def pack(groups: Iterable[PromptGroup]) -> PackedBatch:
         completion_lengths=tuple(tuple(len(c) for c in group.completions) for group in groups),
         num_targets=tuple(num_targets),
         row_ids=tuple(group.row_id for group in groups),
+        largest_id=max(ids),
         extras={
             name: torch.tensor([group.extras[name] for group in groups], dtype=torch.float32)
             for name in groups[0].extras

@@ -54,6 +54,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.layout: Layout = layout
         self.layout_reason = "as asked"
+        self._warned_of_context = False
         if layout == "shared_prefix":
             self._attach()
 
@@ -158,6 +159,7 @@ class LanguageModel(nn.Module):
 
     def hidden_states(self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors") -> Tensor:
         """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion."""
+        self._check_fits(batch)
         decoder = self.causal_lm.get_decoder()
         if self.layout_of(batch) == "padded":
             padded = batch.padded()
@@ -175,6 +177,28 @@ class LanguageModel(nn.Module):
             shared_prefix=attention.SharedPrefixPlan(batch),
         )
         return output.last_hidden_state[0].index_select(0, getattr(batch, at))
+
+    def _check_fits(self, batch: PackedBatch) -> None:
+        """By what the host knows of a batch, so that nothing waits for the device.
+
+        Raises:
+            ValueError: If a token id has no row in the embedding.
+        """
+        rows = cast(Tensor, self.causal_lm.get_input_embeddings().weight).shape[0]
+        if batch.largest_id >= rows:
+            raise ValueError(
+                f"token id {batch.largest_id} in the batch of rows {list(batch.row_ids)[:8]}, and the model's "
+                f"embedding has {rows} rows: the data was tokenised with another model's tokenizer; leave the "
+                "datamodule's tokenizer out, and it takes the module's"
+            )
+        room = self.context_length
+        if room is not None and batch.max_positions > room and not self._warned_of_context:
+            self._warned_of_context = True
+            warnings.warn(
+                f"a row has {batch.max_positions} tokens, and the model's context is {room}: set the datamodule's "
+                "max_length (rows are cut and counted), or expect little from what is past it",
+                stacklevel=2,
+            )
 
     def layout_of(self, batch: PackedBatch) -> Layout:
         """The layout of this batch: padded past the original context where rotary factors follow the longest row."""
