@@ -6,9 +6,10 @@ from lightning_rlhf.algorithms.kl_controller import KLControl
 from lightning_rlhf.algorithms.kto import KTO
 from lightning_rlhf.algorithms.online_dpo import OnlineDPO
 from lightning_rlhf.algorithms.optimization import Optimization
-from lightning_rlhf.algorithms.ppo import PPO, Update
+from lightning_rlhf.algorithms.ppo import PPO
 from lightning_rlhf.algorithms.reward_model import RewardModel
 from lightning_rlhf.algorithms.sft import SFT
+from lightning_rlhf.algorithms.update import Update
 
 __all__ = [
     "DPO",

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from lightning_rlhf.algorithms.online import Online, require_prompts
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.rollout import Micro, Rollout, shuffled
 from lightning_rlhf.algorithms.rollout_steps import require_whole_rollouts, total_steps
+from lightning_rlhf.algorithms.update import Update
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.mix import PRETRAIN, PROMPTS
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
@@ -28,64 +28,6 @@ from lightning_rlhf.models import Policy
 from lightning_rlhf.models.critic import Critic, CriticKind, is_critic
 from lightning_rlhf.models.settings import from_plain
 from lightning_rlhf.rewards import Reward
-
-
-@dataclass(frozen=True)
-class Update:
-    """How a rollout is learned from.
-
-    Attributes:
-        num_epochs: Passes over the rollout, each in a fresh order.
-        minibatch_size: Completions an optimizer step, on each rank.
-        micro_batch_size: Completions a forward, at most; None for the whole minibatch.
-        micro_batch_tokens: Tokens a forward, at most, each prompt counted once a completion; None for no budget.
-        clip_range: ε of the policy's loss.
-        value_clip_range: ε of the critic's loss.
-        value_coef: Weight of the critic's loss.
-        entropy_coef: Weight of the entropy bonus.
-        max_grad_norm: The gradient is scaled down to this norm; None leaves it.
-        max_approx_kl: No further epoch where the policy has moved further than this in one, in nats a token, as the
-            mean of ½ (log π − log π_old)²; None for no limit.
-        whiten_advantages: Mean 0 and variance 1 over the tokens of the rollout and all ranks; None for where there is a
-            critic (estimators by sequence have a scale of their own).
-        average: Of the losses of a step: over ``tokens``, or over ``sequences`` of the mean of their tokens.
-        pretrain_coef: Weight of the language-modelling loss of PPO-ptx, a mean over tokens; needs
-            :class:`~lightning_rlhf.data.PretrainingMix`. Its text is dealt out to the minibatches of a pass.
-        importance_cap: Bounds π_old/π_sampler where another engine samples and reports its log-probabilities.
-    """
-
-    num_epochs: int = 4
-    minibatch_size: int = 16
-    micro_batch_size: int | None = None
-    micro_batch_tokens: int | None = None
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    max_grad_norm: float | None = 1.0
-    max_approx_kl: float | None = None
-    whiten_advantages: bool | None = None
-    average: Literal["tokens", "sequences"] = "tokens"
-    pretrain_coef: float = 0.0
-    importance_cap: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Refuse what can only be a slip."""
-        for name in ("num_epochs", "minibatch_size", "micro_batch_size", "micro_batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"update.{name} must be at least 1, got {value}")
-        for name in ("max_grad_norm", "max_approx_kl", "importance_cap"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"update.{name} must be positive, got {value}; null sets no limit")
-        for name in ("value_coef", "entropy_coef", "pretrain_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"update.{name} must not be negative, got {getattr(self, name)}")
-        if self.average not in ("tokens", "sequences"):
-            raise ValueError(f"update.average must be tokens or sequences, got {self.average!r}")
-        RF.ppo_policy_loss(*torch.zeros(3, 0), clip_range=self.clip_range)  # refuse what is out of range
-        RF.ppo_value_loss(*torch.zeros(3, 0), value_clip_range=self.value_clip_range)
 
 
 class PPO(Online):
@@ -297,34 +239,15 @@ class PPO(Online):
         minibatches = shuffled(len(rollout), self.update.minibatch_size, seed)
         for place, minibatch in enumerate(minibatches):
             self.backward_text(text[place :: len(minibatches)], rollout, minibatch)
-            for micro, last in self.micro_batches(rollout, minibatch, tokens):
-                with nullcontext() if last else self.unsynchronised():
+            chunks = rollout.cut(minibatch, self.update.micro_batch_size, self.update.micro_batch_tokens)
+            for chunk in chunks:
+                micro = rollout.select(chunk, tokens).to(self.device)
+                with nullcontext() if chunk is chunks[-1] else self.unsynchronised():
                     moved.append(self.backward_micro(micro))
             optimizer.step()
             optimizer.zero_grad()
             self.lr_schedulers().step()  # type: ignore[union-attr]
         return self.mean_over_ranks(torch.cat(moved)).item()
-
-    def micro_batches(
-        self, rollout: Rollout, minibatch: list[int], tokens: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Micro, bool]]:
-        """A minibatch in forwards of bounded size, each with whether it is the last one."""
-        chunks: list[list[int]] = [[]]
-        size, budget = self.update.micro_batch_size, self.update.micro_batch_tokens
-        total = 0
-        for index in minibatch:
-            cost = rollout.lengths[index] + len(rollout.samples.prompt_ids[index])
-            full = (size is not None and len(chunks[-1]) == size) or (
-                budget is not None and total + cost > budget
-            )
-            if chunks[-1] and full:
-                chunks.append([])
-                total = 0
-            chunks[-1].append(index)
-            total += cost
-        for place, chunk in enumerate(chunks):
-            batch, values = rollout.select(chunk, tokens)
-            yield Micro(batch.to(self.device), values), place == len(chunks) - 1
 
     def backward_micro(self, micro: Micro) -> Tensor:
         """Add the gradient of some completions; returns ½ (log π − log π_old)² of their tokens."""

@@ -24,6 +24,10 @@ class Micro(NamedTuple):
     batch: PackedBatch
     tokens: dict[str, Tensor]
 
+    def to(self, device: torch.device) -> "Micro":
+        """The same with its batch on a device; the values are where the rollout's are."""
+        return Micro(self.batch.to(device), self.tokens)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -78,17 +82,43 @@ class Rollout:
             size: Completions a batch at most, but for one prompt that has more.
             budget: Tokens a batch at most, likewise.
         """
-        chunk: list[PromptGroup] = []
-        count = total = 0
-        for group in self.groups:
-            tokens = len(group.prompt) + sum(map(len, group.completions))
-            full = count + len(group.completions) > size or (budget is not None and total + tokens > budget)
-            if chunk and full:
-                yield pack(chunk)
-                chunk, count, total = [], 0, 0
-            chunk.append(group)
-            count, total = count + len(group.completions), total + tokens
-        yield pack(chunk)
+        counts = [len(group.completions) for group in self.groups]
+        tokens = [len(group.prompt) + sum(map(len, group.completions)) for group in self.groups]
+        for run in bounded_runs(counts, tokens, size, budget):
+            yield pack(self.groups[place] for place in run)
+
+    def cut(self, indices: Sequence[int], size: int | None, budget: int | None) -> list[list[int]]:
+        """Some completions in runs of bounded size, in their order.
+
+        Args:
+            indices: Places among the N completions.
+            size: Completions a run at most.
+            budget: Tokens a run at most, each prompt counted once a completion.
+        """
+        tokens = [self.lengths[index] + len(self.samples.prompt_ids[index]) for index in indices]
+        runs = bounded_runs([1] * len(tokens), tokens, size, budget)
+        return [[indices[place] for place in run] for run in runs]
+
+
+def bounded_runs(
+    counts: Sequence[int], tokens: Sequence[int], size: int | None, budget: int | None
+) -> list[list[int]]:
+    """Neighbouring places whose counts add up to ``size`` and tokens to ``budget`` at most; at least one a run.
+
+    Example:
+        >>> bounded_runs([1, 1, 1, 1], [5, 5, 9, 30], 3, 12)
+        [[0, 1], [2], [3]]
+    """
+    runs: list[list[int]] = [[]]
+    count = total = 0
+    for place, (more, cost) in enumerate(zip(counts, tokens, strict=True)):
+        count, total = count + more, total + cost
+        full = (size is not None and count > size) or (budget is not None and total > budget)
+        if runs[-1] and full:
+            runs.append([])
+            count, total = more, cost
+        runs[-1].append(place)
+    return runs
 
 
 def sample_rollout(

@@ -38,8 +38,7 @@ def ours(spec: Spec, served: Served) -> None:
     """A stock Trainer; an iteration ends where it asks for the next batch."""
     import lightning as L
 
-    from lightning_rlhf.algorithms import PPO, Optimization
-    from lightning_rlhf.algorithms.ppo import Update
+    from lightning_rlhf.algorithms import PPO, Optimization, Update
     from lightning_rlhf.generation import Sampling
     from lightning_rlhf.models import LoRA, Policy
 
