@@ -1,5 +1,6 @@
-"""lightning-rlhf best-of-n: the best of several samples by a reward, as data for SFT."""
+"""lightning-rlhf best-of-n: the best of several samples by a reward, and what it is worth by another."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +14,24 @@ from torch import Tensor
 
 from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.rollout import prompt_seeds, sample_rollout
+from lightning_rlhf.callbacks.goodhart import finite
 from lightning_rlhf.cli.generate import load, write_rows
-from lightning_rlhf.cli.measure import standard_error
 from lightning_rlhf.cli.plain import run_function
 from lightning_rlhf.data import PromptDataModule
 from lightning_rlhf.generation import HFGenerator, Sampling
-from lightning_rlhf.models.export import refuse_existing
+from lightning_rlhf.metrics.goodhart import GoodhartCurve, fit_of
+from lightning_rlhf.metrics.goodhart_plot import draw
+from lightning_rlhf.models.export import refuse_existing, written_whole
 from lightning_rlhf.rewards import Reward, RewardModelReward, Samples, score
 
 
 def best_of_n(
-    model: str,
+    policy: str,
     prompts: str,
-    output: Path,
-    reward_model: str | None = None,
-    reward: Reward | None = None,
+    proxy: Reward | str,
+    gold: Reward | str | None = None,
+    output: Path | None = None,
+    report: Path | None = None,
     n: int = 16,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     seed: int = 0,
@@ -35,50 +39,64 @@ def best_of_n(
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Sample n completions a prompt and keep the best by a reward: rejection sampling, as data for SFT.
+    """Sample n completions a prompt, keep the best by a proxy reward, and say what the best of 1 … n is worth.
 
     Args:
-        model: A Hub id, a model or adapter directory, or a checkpoint of a training.
+        policy: A Hub id, a model or adapter directory, or a checkpoint of a training.
         prompts: What PromptDataModule reads: a file with a column "prompt", a directory or a Hub id; reward functions
             are given the other columns.
-        output: A JSON lines file to write: prompt, completion, score, truncated.
-        reward_model: The directory or Hub id of a reward model.
-        reward: Any other reward by its class, such as FunctionReward; instead of reward_model.
+        proxy: What the best is chosen by: the directory or Hub id of a reward model, or a reward by its class, such as
+            FunctionReward.
+        gold: What the proxy stands for, likewise; with it, over-optimisation shows.
+        output: A JSON lines file to write, data for SFT: prompt, completion, score, truncated. Else none is.
+        report: A folder to write: the table as table.json, proxy and gold over the distance as best_of_n.png.
         n: Samples a prompt.
         sampling: How completions are drawn; num_samples is n.
         seed: Of the samples, by row.
         device: cpu, cuda, …; auto takes a GPU where there is one.
         trust_remote_code: Run code that comes with the model.
-        overwrite: Replace the output where it exists.
+        overwrite: Replace output and report where they exist.
     """
-    if (reward_model is None) == (reward is None):
-        raise ValueError("give either --reward_model DIRECTORY or --reward CLASS")
     if n < 1 or sampling.num_samples not in (1, n):
         raise ValueError(f"n must be at least 1, and stands for sampling.num_samples; got n = {n}")
-    refuse_existing(output, overwrite=overwrite)
+    for path in (output, report):
+        if path is not None:
+            refuse_existing(path, overwrite=overwrite)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    policy, tokenizer = load(model, trust_remote_code=trust_remote_code)
-    judge = reward if reward is not None else RewardModelReward(str(reward_model))
-    judge.attach(policy.to(place), tokenizer)
-    judge.to(place)
+    model, tokenizer = load(policy, trust_remote_code=trust_remote_code)
+    model.to(place)
+    rewards = [RewardModelReward(one) if isinstance(one, str) else one for one in (proxy, gold) if one]
+    for reward in rewards:
+        reward.attach(model, tokenizer)
+        reward.to(place)
     data = PromptDataModule(
         predict=prompts, tokenizer=tokenizer, batch_size=sampling.batch_size, max_length=None
     )
     data.setup("predict")
-    scores: list[Tensor] = []
+    found: list[Tensor] = []
 
     def rows() -> Iterator[dict[str, Any]]:
         for batch in track(data.predict_dataloader(), "sampling"):
             seeds = prompt_seeds(seed, 0, batch.row_ids)
             drawn = replace(sampling, num_samples=n)
-            samples = sample_rollout(batch, HFGenerator(), policy, tokenizer, drawn, seeds).samples
-            scores.append(score(judge, samples).total.view(len(batch), n))
-            best = scores[-1].argmax(1) + torch.arange(len(batch)) * n
-            yield from sft_rows(samples, best.tolist(), scores[-1].amax(1).tolist())
+            samples = sample_rollout(batch, HFGenerator(), model, tokenizer, drawn, seeds).samples
+            scores = torch.stack([score(one, samples).total.view(len(batch), n) for one in rewards])
+            found.append(scores)
+            best = scores[0].argmax(1) + torch.arange(len(batch)) * n
+            yield from sft_rows(samples, best.tolist(), scores[0].amax(1).tolist())
 
-    count = write_rows(rows(), output)
-    print(f"wrote the best of {n} completions for {count} prompts to {output}")
-    Console().print(worth_table(torch.cat(scores)))
+    if output is None:
+        count = sum(1 for _ in rows())
+        print(f"sampled {n} completions for each of {count} prompts")
+    else:
+        count = write_rows(rows(), output)
+        print(f"wrote the best of {n} completions for {count} prompts to {output}")
+    scores = torch.cat(found, dim=1)
+    curve = RF.best_of_n_curve(scores[0], scores[-1])
+    Console().print(worth_table(curve, with_gold=gold is not None))
+    if report is not None:
+        with written_whole(report, overwrite=overwrite) as folder:
+            write_report(folder, curve, scores, with_gold=gold is not None)
 
 
 def sft_rows(samples: Samples, best: list[int], scores: list[float]) -> Iterator[dict[str, Any]]:
@@ -100,35 +118,60 @@ def sft_rows(samples: Samples, best: list[int], scores: list[float]) -> Iterator
         }
 
 
-def worth(scores: Tensor) -> list[tuple[int, float, float, float]]:
-    """What the best of n is worth, for n = 1, 2, 4 … N, without bias.
+def worth_table(curve: RF.BestOfNCurve, *, with_gold: bool) -> Table:
+    """What the best of n is worth, for a terminal."""
+    names = ("n", "mean reward", "standard error", "KL at most (nats)")
+    golden = ("mean gold", "its standard error") if with_gold else ()
+    table = Table(*names, *golden, title="the best of n")
+    for n, kl, proxy, gold, proxy_error, gold_error in zip(
+        *(column.tolist() for column in curve), strict=True
+    ):
+        cells = [f"{n:.0f}", f"{proxy:.4f}", f"{proxy_error:.4f}", f"{kl:.3f}"]
+        table.add_row(*cells, *([f"{gold:.4f}", f"{gold_error:.4f}"] if with_gold else []))
+    return table
+
+
+def write_report(folder: Path, curve: RF.BestOfNCurve, scores: Tensor, *, with_gold: bool) -> None:
+    """Write ``table.json`` and, where there is a gold reward, ``best_of_n.png``: both standardised on single samples.
 
     Args:
-        scores: ``(P, N)``, N samples of each of P prompts.
-
-    Returns:
-        n, the mean reward over prompts, its standard error (nan for one prompt), and the bound of the KL in nats.
-
-    Example:
-        >>> [(n, round(mean, 4)) for n, mean, _, _ in worth(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]]))]
-        [(1, 1.5), (2, 2.3333), (3, 3.0)]
+        folder: Exists.
+        curve: What to write.
+        scores: Proxy and gold of all samples, ``(2, P, N)``.
+        with_gold: Whether the second is a gold reward.
     """
-    total = scores.shape[1]
-    sizes = [2**i for i in range(total.bit_length()) if 2**i < total] + [total]
-    found = []
-    for n in sizes:
-        values = RF.best_of_n_expectation(scores, scores, n)
-        error = standard_error(values.tolist()) if len(values) > 1 else float("nan")
-        found.append((n, values.mean().item(), error, RF.best_of_n_kl(n)))
-    return found
+    content = {name: [finite(value) for value in column.tolist()] for name, column in curve._asdict().items()}
+    if not with_gold:
+        content = {name: values for name, values in content.items() if not name.startswith("gold")}
+    (folder / "table.json").write_text(json.dumps(content, indent=1) + "\n")
+    if with_gold:
+        standard = standardised(curve, scores)
+        figure, _ = draw(standard, fit_of(standard, "best_of_n"))
+        assert figure is not None
+        figure.savefig(folder / "best_of_n.png", dpi=120)
 
 
-def worth_table(scores: Tensor) -> Table:
-    """:func:`worth` for a terminal."""
-    table = Table("n", "mean reward", "standard error", "KL at most (nats)", title="the best of n")
-    for n, mean, error, kl in worth(scores):
-        table.add_row(str(n), f"{mean:.4f}", f"{error:.4f}", f"{kl:.3f}")
-    return table
+def standardised(curve: RF.BestOfNCurve, scores: Tensor) -> GoodhartCurve:
+    """The curve in standard deviations of single samples, ``(2, P, N)``: those of the starting policy.
+
+    Raises:
+        ValueError: If one of the rewards is the same for all samples.
+    """
+    samples = scores.double().flatten(1)
+    (proxy, gold), (proxy_std, gold_std) = samples.mean(1), samples.std(1)
+    for name, std in (("proxy", proxy_std), ("gold", gold_std)):
+        if not std > 0:
+            raise ValueError(
+                f"{name} is the same for all samples: there is nothing to choose between, or to draw"
+            )
+    return GoodhartCurve(
+        curve.n,
+        curve.kl,
+        (curve.proxy - proxy) / proxy_std,
+        (curve.gold - gold) / gold_std,
+        curve.proxy_error / proxy_std,
+        curve.gold_error / gold_std,
+    )
 
 
 def main(arguments: list[str]) -> None:

@@ -6,7 +6,12 @@ reduce, say so by their names.
 
 from lightning_rlhf.functional.advantages import gae, grpo_advantages, reinforce_advantages, rloo_advantages
 from lightning_rlhf.functional.annotators import agreement, cohen_kappa
-from lightning_rlhf.functional.best_of_n import best_of_n_expectation, best_of_n_kl
+from lightning_rlhf.functional.best_of_n import (
+    BestOfNCurve,
+    best_of_n_curve,
+    best_of_n_expectation,
+    best_of_n_kl,
+)
 from lightning_rlhf.functional.calibration import ReliabilityCurve, calibration_error, reliability_curve
 from lightning_rlhf.functional.decline import (
     DeclineTest,
@@ -85,6 +90,7 @@ from lightning_rlhf.functional.sequence_weights import length_desensitized_sum, 
 from lightning_rlhf.functional.transport_losses import aot_loss, aot_unpaired_loss
 
 __all__ = [
+    "BestOfNCurve",
     "Comparisons",
     "DeclineTest",
     "GoodhartEstimate",
@@ -103,6 +109,7 @@ __all__ = [
     "apply_missing_eos_penalty",
     "approx_kl",
     "bco_loss",
+    "best_of_n_curve",
     "best_of_n_expectation",
     "best_of_n_kl",
     "bradley_terry_loss",

@@ -1,6 +1,7 @@
 """Best-of-n sampling: what the best of n samples by a proxy costs in KL, and what it is worth."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +67,61 @@ def best_of_n_expectation(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
     above = torch.arange(count, n, -1, dtype=torch.float64, device=proxy.device)
     weights = torch.cat([above.new_full((1,), n / count), (above - n) / (above - 1)]).cumprod(0)
     return (sorted_gold.flip(-1)[..., : len(weights)] * weights).sum(-1)
+
+
+class BestOfNCurve(NamedTuple):
+    """What the best of n by a proxy is worth, for n = 1, 2, 4 … N: a row each, ``(T,)``, float64.
+
+    Attributes:
+        n: Samples to choose from.
+        kl: The most it costs, :func:`best_of_n_kl`, in nats.
+        proxy: Mean proxy reward of the chosen sample, over prompts.
+        gold: Mean gold reward of it.
+        proxy_error: Standard error of ``proxy`` over prompts; nan for a single one. Rows share their samples.
+        gold_error: That of ``gold``.
+    """
+
+    n: Tensor
+    kl: Tensor
+    proxy: Tensor
+    gold: Tensor
+    proxy_error: Tensor
+    gold_error: Tensor
+
+
+def best_of_n_curve(proxy: Tensor, gold: Tensor) -> BestOfNCurve:
+    """:func:`best_of_n_expectation` of both rewards for n = 1, 2, 4 … N, from one batch of N samples a prompt.
+
+    Args:
+        proxy: What the best is chosen by, ``(P, N)``: N samples of each of P prompts.
+        gold: What it is worth, of the same shape.
+
+    Returns:
+        The curve.
+
+    Raises:
+        ValueError: If the shapes differ or are not ``(P, N)``, or a value is not finite.
+
+    Example:
+        >>> proxy = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 3.0]])
+        >>> curve = best_of_n_curve(proxy, -proxy)
+        >>> curve.n.tolist(), [round(value, 4) for value in curve.proxy.tolist()], round(curve.gold[-1].item(), 4)
+        ([1.0, 2.0, 3.0], [1.5, 2.3333, 3.0], -3.0)
+    """
+    require_same_shape("proxy", proxy, "gold", gold)
+    if proxy.dim() != 2 or not proxy.numel():
+        raise ValueError(
+            f"proxy must be (prompts, samples) with at least one of each, got {tuple(proxy.shape)}"
+        )
+    prompts, total = proxy.shape
+    sizes = [2**i for i in range(total.bit_length()) if 2**i < total] + [total]
+    chosen = torch.stack(
+        [torch.stack([best_of_n_expectation(proxy, values, n) for values in (proxy, gold)]) for n in sizes]
+    )  # (T, 2, P)
+    means, errors = chosen.mean(-1), chosen.std(-1, correction=1) / prompts**0.5
+    n = torch.tensor(sizes, dtype=torch.float64)
+    kl = torch.tensor([best_of_n_kl(size) for size in sizes], dtype=torch.float64)
+    return BestOfNCurve(n, kl, means[:, 0], means[:, 1], errors[:, 0], errors[:, 1])
 
 
 def _mean_of_ties(ordered: Tensor, values: Tensor) -> Tensor:

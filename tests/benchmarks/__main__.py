@@ -25,6 +25,9 @@ def main() -> int:
         action="store_true",
         help="few steps and one of TRL's settings: whether it runs, not how fast",
     )
+    parser.add_argument(
+        "--setting", metavar="NAME", help="TRL's setting, as an earlier run's table names it: no search"
+    )
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], help="one of DPO's two")
     parser.add_argument(
         "--steps", type=int, help="measured steps a competitor (12; overhead twice as many, PPO 3)"
@@ -69,6 +72,7 @@ def main() -> int:
         options.steps or (1 if options.quick else 3),
         options.prompts,
         options.trl_ppo,
+        options.setting,
     )
     results = run(settings, options.only, options.precision, options.roles)
     print(markdown(results))

@@ -38,6 +38,7 @@ class Settings:
         ppo_steps: Measured iterations of PPO, after one to warm up.
         num_prompts: Of an iteration of PPO.
         trl_ppo: Folder of the TRL that still has PPO; None leaves PPO out.
+        setting: TRL's setting, instead of trying which is fastest.
     """
 
     assets: Path
@@ -48,6 +49,7 @@ class Settings:
     ppo_steps: int = 1
     num_prompts: int = 32
     trl_ppo: Path | None = None
+    setting: str | None = None
 
 
 Result = dict[str, Any]
@@ -138,6 +140,8 @@ def rank(settings: Settings, workload: Workload) -> Result:
 def _best_setting(settings: Settings, workload: Workload, precision: str) -> tuple[str, dict[str, Any]]:
     """Two steps of each of TRL's settings, one after the other; the second counts."""
     tried: dict[str, Any] = {}
+    if settings.setting is not None:
+        return settings.setting, tried
     if settings.quick:
         return next(iter(TRL_SETTINGS[workload.task])), tried
     sizes = [sum(len(g.prompt) for g in batch) for batch in workload.batches]
