@@ -1,5 +1,7 @@
 """Held-out prompts, what a policy answers to them, and what two rewards say of the answers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,18 @@ def parts_of(
             "reference and precompute_reference: false, or leave GoodhartMonitor out"
         )
     return policy, reference, tokenizer
+
+
+@contextmanager
+def in_eval_mode(reward: Reward) -> Iterator[None]:
+    """Within it, a reward counts nothing in: its running statistics and multipliers are those of training."""
+    modes = [(module, module.training) for module in reward.modules()]
+    reward.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def devices_of(module: L.LightningModule) -> list[torch.device]:
@@ -149,7 +163,8 @@ class Judges:
             device = next(policy.parameters()).device
             batches = (batch.to(device) for batch in rollout.in_order(self.sampling.batch_size))
             kl = torch.cat([self._kl(batch, policy, reference) for batch in batches])
-        proxy, gold = (score(judge, rollout.samples).total.tolist() for judge in (self.proxy, self.gold))
+        with in_eval_mode(self.proxy), in_eval_mode(self.gold):
+            proxy, gold = (score(judge, rollout.samples).total.tolist() for judge in (self.proxy, self.gold))
         return [
             {"row": row, "kl": k, "proxy": p, "gold": g}
             for row, k, p, g in zip(prompts.row_ids, kl.tolist(), proxy, gold, strict=True)

@@ -2,6 +2,7 @@
 
 from lightning_rlhf.rewards.base import Reward, RewardError, RewardResult, begin, score
 from lightning_rlhf.rewards.combined import RewardEnsemble, WeightedReward
+from lightning_rlhf.rewards.constrained import ConstrainedReward
 from lightning_rlhf.rewards.endpoint import EndpointError, EndpointReward
 from lightning_rlhf.rewards.functions import FunctionReward
 from lightning_rlhf.rewards.samples import Samples
@@ -18,6 +19,7 @@ from lightning_rlhf.rewards.statistics import LengthResidual, Normalized
 
 __all__ = [
     "Clip",
+    "ConstrainedReward",
     "EndpointError",
     "EndpointReward",
     "FunctionReward",

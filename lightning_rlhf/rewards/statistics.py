@@ -98,7 +98,7 @@ class LengthResidual(Shaper):
             if not self.training:
                 raise ValueError(
                     "LengthResidual is not fitted yet: call fit, or give slope and intercept (it fits itself on the "
-                    "first samples of a training only)"
+                    "first samples of a training only). A GoodhartMonitor takes the unshaped reward as its proxy"
                 )
             self.fit(values, samples.lengths)
         return values - (self.intercept + (self.slope or 0.0) * samples.lengths.float())

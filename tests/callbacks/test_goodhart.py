@@ -16,7 +16,7 @@ from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import LoRA, Policy
 from lightning_rlhf.objectives import SimPO
-from lightning_rlhf.rewards import FunctionReward
+from lightning_rlhf.rewards import FunctionReward, Normalized, ShapedReward
 from tests.algorithms.conftest import random_groups
 
 
@@ -43,10 +43,10 @@ def loader(batch_size=4):
     return DataLoader(random_groups(8, 2), batch_size=batch_size, collate_fn=pack)
 
 
-def ppo(llama, tokenizer):
+def ppo(llama, tokenizer, reward=None):
     return PPO(
         llama,
-        FunctionReward(capitals),
+        reward or FunctionReward(capitals),
         tokenizer,
         sampling=Sampling(max_new_tokens=5, num_samples=2),
         estimator=RLOO(),
@@ -108,6 +108,17 @@ def test_kl_is_that_of_the_samples(trainer, tokenizer, llama):
     noise = (measured.var() / 400 + estimate.var() / 400).sqrt().item()
     assert measured.mean().item() == pytest.approx(estimate.mean().item(), abs=4 * noise)
     assert measured.mean() > 10 * noise
+
+
+def test_running_statistics_of_a_reward_are_those_of_training(trainer, llama, tokenizer):
+    """The module's own reward is the monitor's proxy, and what the monitor samples is not counted into its scale."""
+    counts = []
+    for callbacks in ([], [monitor(proxy=None)]):
+        shaper = Normalized()
+        module = ppo(llama, tokenizer, ShapedReward(FunctionReward(capitals), [shaper]))
+        trainer(callbacks=callbacks, max_steps=2, num_sanity_val_steps=0).fit(module, prompts(), prompts())
+        counts.append(shaper.get_extra_state()["moments"][0])
+    assert counts[0] == counts[1] == 16.0  # two rollouts of 4 prompts, 2 samples each
 
 
 def test_training_is_not_changed(trainer, llama_dir):
