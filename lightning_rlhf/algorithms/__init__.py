@@ -4,6 +4,7 @@ from lightning_rlhf.algorithms.dpo import DPO
 from lightning_rlhf.algorithms.estimators import GAE, GRPO, RLOO, Estimator, Reinforce
 from lightning_rlhf.algorithms.kl_controller import KLControl
 from lightning_rlhf.algorithms.kto import KTO
+from lightning_rlhf.algorithms.odin import ODIN
 from lightning_rlhf.algorithms.online_dpo import OnlineDPO
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.algorithms.ppo import PPO
@@ -16,6 +17,7 @@ __all__ = [
     "GAE",
     "GRPO",
     "KTO",
+    "ODIN",
     "PPO",
     "RLOO",
     "SFT",

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.base import Algorithm, metric_key, plain
+from lightning_rlhf.algorithms.odin import ODIN, LengthHeads
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import CalibrationError, LengthCorrelation, LongerWins, MeanAndStd
@@ -61,6 +62,9 @@ class RewardModel(Algorithm):
         shared_head_init: All heads start the same, which averaging the members' weights asks for (WARM, Ramé et
             al., 2024).
         aggregation: How the members' scores become one.
+        odin: Train a length head beside each member's own, which takes what is only length and is not part of the
+            scores: the ranking loss is of both heads' sum, everything that is logged, kept and exported of the
+            member's own. Its correlations are over the completions of a micro-batch, so accumulation is not exact.
     """
 
     metric_names = (
@@ -84,6 +88,7 @@ class RewardModel(Algorithm):
         member_seed: int = 0,
         shared_head_init: bool = False,
         aggregation: Aggregation | None = None,
+        odin: ODIN | None = None,
     ) -> None:
         super().__init__(policy, tokenizer, optimization)
         _check_settings(center_rewards_coef, num_members, member_share)
@@ -93,6 +98,8 @@ class RewardModel(Algorithm):
         self.member_seed = member_seed
         self.shared_head_init = shared_head_init
         self.aggregation = from_plain(Aggregation, aggregation) or Aggregation()
+        self.odin = from_plain(ODIN, odin)
+        self.length_heads: LengthHeads | None = None
         self.reference_scores = nn.ModuleList(MeanAndStd() for _ in range(num_members))
         self.evaluation = nn.ModuleDict(
             {
@@ -111,6 +118,7 @@ class RewardModel(Algorithm):
                 "member_seed": member_seed,
                 "shared_head_init": shared_head_init,
                 "aggregation": plain(self.aggregation),
+                "odin": plain(self.odin),
             }
         )
         if self.policy_settings is None:
@@ -130,6 +138,8 @@ class RewardModel(Algorithm):
                 head.load_state_dict((kept or heads[0]).state_dict())
         members = [self._member(index, head) for index, head in enumerate(heads)]
         self.ensemble = Ensemble(members, self.aggregation)
+        if self.odin is not None:
+            self.length_heads = LengthHeads(self.odin, heads)
 
     def _member(self, index: int, head: ScoreHead) -> Scorer:
         model = self.policy
@@ -173,12 +183,20 @@ class RewardModel(Algorithm):
         margin = batch.extras.get("margin")
         if margin is not None:
             margin = margin.repeat_interleave(pairs.sizes, output_size=len(pairs.better))
-        raw = self.ensemble.raw(batch)
-        better, worse = raw[:, pairs.better], raw[:, pairs.worse]
+        ends = [scorer.ends(batch) for scorer in self.ensemble.members]
+        raw = total = self.ensemble.of_ends(ends)
+        if self.length_heads is not None:
+            length_scores = self.length_heads.scores(ends)
+            total = raw + length_scores
+        better, worse = total[:, pairs.better], total[:, pairs.worse]
         each = RF.bradley_terry_loss(better, worse, margin)
         if self.center_rewards_coef:
             each = each + self.center_rewards_coef * (better + worse).square()
         losses = torch.stack([pairs.mean(row) for row in each])
+        if self.length_heads is not None:
+            lengths = completion_lengths(batch)
+            penalties = self.length_heads.penalties(raw, length_scores, lengths, self.ensemble.heads)
+            losses = losses + penalties[:, None]
         self._record_scores(stage, batch, losses.detach(), raw.detach(), pairs)
         return losses
 
@@ -205,7 +223,7 @@ class RewardModel(Algorithm):
                 cast(MeanAndStd, metric).update(row)
 
     def _evaluate(self, stage: str, batch: PackedBatch, scores: Tensor, pairs: RF.Comparisons) -> None:
-        lengths = torch.tensor([n for c in batch.completion_lengths for n in c], device=scores.device)
+        lengths = completion_lengths(batch)
         differs = pairs.counts.bool()
         better, worse = pairs.better[differs], pairs.worse[differs]
         for name, values in {
@@ -303,6 +321,11 @@ def group_sizes(batch: PackedBatch) -> list[int]:
                 "PreferenceDataModule"
             )
     return [len(lengths) for lengths in batch.completion_lengths]
+
+
+def completion_lengths(batch: PackedBatch) -> Tensor:
+    """Tokens of every completion, ``(N,)``."""
+    return torch.tensor([n for c in batch.completion_lengths for n in c], device=batch.input_ids.device)
 
 
 def ranks(batch: PackedBatch) -> Tensor:

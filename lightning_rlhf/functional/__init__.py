@@ -45,6 +45,7 @@ from lightning_rlhf.functional.margin_losses import (
 )
 from lightning_rlhf.functional.masking import masked_mean, masked_var, masked_whiten
 from lightning_rlhf.functional.moments import mean_and_std
+from lightning_rlhf.functional.odin import odin_length_loss, odin_orthogonality
 from lightning_rlhf.functional.overoptimization import OveroptimizationFit, fit_overoptimization
 from lightning_rlhf.functional.pointwise_losses import (
     apo_down_loss,
@@ -98,7 +99,6 @@ __all__ = [
     "ReliabilityCurve",
     "TokenComparison",
     "TokenLogprobs",
-    "compare_logprobs",
     "adaptive_kl_coef",
     "agreement",
     "aot_loss",
@@ -116,6 +116,7 @@ __all__ = [
     "calibration_error",
     "clip_fraction",
     "cohen_kappa",
+    "compare_logprobs",
     "comparisons",
     "cpo_loss",
     "decline_statistic",
@@ -153,6 +154,8 @@ __all__ = [
     "mean_and_std",
     "nca_loss",
     "newcombe_interval",
+    "odin_length_loss",
+    "odin_orthogonality",
     "orpo_loss",
     "pad_by_sequence",
     "pairwise_accuracy",

@@ -136,11 +136,16 @@ class Scorer(nn.Module):
         """The model under the head."""
         return self._seen[0]
 
-    def raw(self, batch: PackedBatch) -> Tensor:
-        """Scores as the head gives them, ``(N,)``."""
+    def ends(self, batch: PackedBatch) -> Tensor:
+        """The last hidden state at each completion's last token, ``(N, d)``."""
         model = self.language_model
         with nullcontext() if self.adapter is None else model.role(self.adapter):
-            return self.head(model.hidden_states(batch, at="ends"))
+            return model.hidden_states(batch, at="ends")
+
+    def raw(self, batch: PackedBatch) -> Tensor:
+        """Scores as the head gives them, ``(N,)``."""
+        scores: Tensor = self.head(self.ends(batch))
+        return scores
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Normalised scores, ``(N,)``."""
@@ -188,13 +193,22 @@ class Ensemble(nn.Module):
         self.aggregation = aggregation or Aggregation()
 
     @property
+    def members(self) -> list[Scorer]:
+        """The members."""
+        return list(self.scorers)  # type: ignore[arg-type]
+
+    @property
     def heads(self) -> list[ScoreHead]:
         """The members' heads."""
-        return [scorer.head for scorer in self.scorers]  # type: ignore[misc]
+        return [scorer.head for scorer in self.members]
+
+    def of_ends(self, ends: Sequence[Tensor]) -> Tensor:
+        """Scores as the heads give them, ``(members, N)``, of each member's :meth:`Scorer.ends`."""
+        return torch.stack([head(end) for head, end in zip(self.heads, ends, strict=True)])
 
     def raw(self, batch: PackedBatch) -> Tensor:
         """Scores as the heads give them, ``(members, N)``."""
-        return torch.stack([scorer.raw(batch) for scorer in self.scorers])  # type: ignore[operator]
+        return self.of_ends([scorer.ends(batch) for scorer in self.members])
 
     def normalized(self, raw: Tensor) -> Tensor:
         """Every member's scores in units of its own reference samples, ``(members, N)``."""

@@ -89,7 +89,7 @@ class ConstrainedReward(Reward):
 
     def start(self, samples: Samples) -> Callable[[], RewardResult]:
         """Begin with all of them."""
-        waits = [begin(one, samples) for one in (self.reward, *self.constraints)]  # type: ignore[arg-type]
+        waits = [begin(one, samples) for one in (self.reward, *self.constraints)]
         return lambda: self._lagrangian([wait().total for wait in waits])
 
     def forward(self, samples: Samples) -> RewardResult:
