@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.algorithms.rollout import prompt_seeds, sample_rollout
+from lightning_rlhf.algorithms.rollout import Rollout, prompt_seeds, sample_rollout
 from lightning_rlhf.callbacks.held_out_kl import prompts_of
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
@@ -32,12 +32,12 @@ def parts_of(
     tokenizer = getattr(module, "tokenizer", None)
     if not isinstance(policy, LanguageModel) or tokenizer is None:
         raise ValueError(
-            f"GoodhartMonitor samples module.policy with module.tokenizer, which {type(module).__name__} lacks"
+            f"a monitor samples module.policy with module.tokenizer, which {type(module).__name__} lacks"
         )
     if not isinstance(reference, Reference):
         raise ValueError(
-            "GoodhartMonitor measures the KL from module.reference, and there is none: use an objective with a "
-            "reference and precompute_reference: false, or leave GoodhartMonitor out"
+            "a monitor compares with module.reference, and there is none: use an objective with a reference and "
+            "precompute_reference: false, or leave the monitor out"
         )
     return policy, reference, tokenizer
 
@@ -160,9 +160,7 @@ class Judges:
             kl = torch.zeros(len(rollout))
         else:
             rollout = sample_rollout(prompts, self.generator, policy, tokenizer, self.sampling, seeds)
-            device = next(policy.parameters()).device
-            batches = (batch.to(device) for batch in rollout.in_order(self.sampling.batch_size))
-            kl = torch.cat([self._kl(batch, policy, reference) for batch in batches])
+            kl = sampled_kl(rollout, policy, reference, self.sampling)
         with in_eval_mode(self.proxy), in_eval_mode(self.gold):
             proxy, gold = (score(judge, rollout.samples).total.tolist() for judge in (self.proxy, self.gold))
         return [
@@ -170,6 +168,15 @@ class Judges:
             for row, k, p, g in zip(prompts.row_ids, kl.tolist(), proxy, gold, strict=True)
         ]
 
-    def _kl(self, batch: PackedBatch, policy: LanguageModel, reference: Reference) -> Tensor:
-        found = reference.compare(policy.hidden_states(batch), batch, temperature=self.sampling.temperature)
-        return sum_by_sequence(found.kl, batch.target_lengths)
+
+@torch.no_grad()
+def sampled_kl(rollout: Rollout, policy: LanguageModel, reference: Reference, sampling: Sampling) -> Tensor:
+    """KL(π‖π_ref) of each of a policy's own samples, the vocabulary summed out at every token, ``(N,)``, in nats."""
+    device = next(policy.parameters()).device
+    found = []
+    for batch in rollout.in_order(sampling.batch_size):
+        batch = batch.to(device)
+        hidden = policy.hidden_states(batch)
+        tokens = reference.compare(hidden, batch, temperature=sampling.temperature).kl
+        found.append(sum_by_sequence(tokens, batch.target_lengths))
+    return torch.cat(found)

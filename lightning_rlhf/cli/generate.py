@@ -13,6 +13,7 @@ import torch
 from rich.progress import track
 
 from lightning_rlhf.cli.plain import run_function
+from lightning_rlhf.data.prompts import prompt_ids
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.generation import generate as sample
 from lightning_rlhf.models import LanguageModel, Policy, load_language_model, load_tokenizer
@@ -120,24 +121,6 @@ def _prompt_of(line: str, where: str) -> str | list[dict[str, str]]:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
         raise ValueError(f'{where}: no column "prompt" with text or messages')
     return row["prompt"]
-
-
-def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:  # noqa: ANN401
-    """Token ids of a prompt: messages by the chat template, text as it is, at least one token.
-
-    Args:
-        tokenizer: Of the model.
-        prompt: Text or messages.
-
-    Returns:
-        The ids.
-    """
-    if isinstance(prompt, list):
-        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-    ids = list(tokenizer(prompt).input_ids)
-    if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
-        ids.pop()  # some tokenizers close every text; a prompt goes on
-    return ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
 
 
 def write_rows(rows: Iterator[dict[str, Any]], path: Path) -> int:

@@ -48,3 +48,21 @@ def _boundary(chosen: str, rejected: str, common: int) -> int:
     while common and not chosen[common - 1].isspace():
         common -= 1
     return len(chosen[:common].rstrip(" "))
+
+
+def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:  # noqa: ANN401
+    """Token ids of a prompt: messages by the chat template, text as it is, at least one token.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: Text or messages.
+
+    Returns:
+        The ids.
+    """
+    if isinstance(prompt, list):
+        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+    ids = list(tokenizer(prompt).input_ids)
+    if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
+        ids.pop()  # some tokenizers close every text; a prompt goes on
+    return ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
