@@ -2,27 +2,24 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from lightning_rlhf import functional as RF
-from lightning_rlhf.algorithms.rollout import prompt_seeds, sample_rollout
 from lightning_rlhf.callbacks.goodhart import finite
-from lightning_rlhf.cli.generate import load, write_rows
+from lightning_rlhf.cli.generate import write_rows
 from lightning_rlhf.cli.plain import run_function
-from lightning_rlhf.data import PromptDataModule
-from lightning_rlhf.generation import HFGenerator, Sampling
+from lightning_rlhf.cli.scored import as_answer, scored_samples, with_samples
+from lightning_rlhf.generation import Sampling
 from lightning_rlhf.metrics.goodhart import GoodhartCurve, fit_of
 from lightning_rlhf.metrics.goodhart_plot import draw
 from lightning_rlhf.models.export import refuse_existing, written_whole
-from lightning_rlhf.rewards import Reward, RewardModelReward, Samples, score
+from lightning_rlhf.rewards import Reward, Samples
 
 
 def best_of_n(
@@ -57,32 +54,20 @@ def best_of_n(
         trust_remote_code: Run code that comes with the model.
         overwrite: Replace output and report where they exist.
     """
-    if n < 1 or sampling.num_samples not in (1, n):
-        raise ValueError(f"n must be at least 1, and stands for sampling.num_samples; got n = {n}")
+    drawn = with_samples(sampling, n, least=1)
     for path in (output, report):
         if path is not None:
             refuse_existing(path, overwrite=overwrite)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model, tokenizer = load(policy, trust_remote_code=trust_remote_code)
-    model.to(place)
-    rewards = [RewardModelReward(one) if isinstance(one, str) else one for one in (proxy, gold) if one]
-    for reward in rewards:
-        reward.attach(model, tokenizer)
-        reward.to(place)
-    data = PromptDataModule(
-        predict=prompts, tokenizer=tokenizer, batch_size=sampling.batch_size, max_length=None
-    )
-    data.setup("predict")
+    rewards = [proxy] if gold is None else [proxy, gold]
     found: list[Tensor] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for batch in track(data.predict_dataloader(), "sampling"):
-            seeds = prompt_seeds(seed, 0, batch.row_ids)
-            drawn = replace(sampling, num_samples=n)
-            samples = sample_rollout(batch, HFGenerator(), model, tokenizer, drawn, seeds).samples
-            scores = torch.stack([score(one, samples).total.view(len(batch), n) for one in rewards])
+        sampled = scored_samples(
+            policy, prompts, rewards, drawn, seed=seed, device=device, trust_remote_code=trust_remote_code
+        )
+        for samples, scores in sampled:
             found.append(scores)
-            best = scores[0].argmax(1) + torch.arange(len(batch)) * n
+            best = scores[0].argmax(1) + torch.arange(scores.shape[1]) * n
             yield from sft_rows(samples, best.tolist(), scores[0].amax(1).tolist())
 
     if output is None:
@@ -108,11 +93,10 @@ def sft_rows(samples: Samples, best: list[int], scores: list[float]) -> Iterator
         [{'prompt': 'Hi', 'completion': 'Ho', 'score': 0.5, 'truncated': True}]
     """
     for place, value in zip(best, scores, strict=True):
-        prompt, text = samples.prompts[place], samples.completions[place]
-        answer = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        prompt = samples.prompts[place]
         yield {
             "prompt": prompt,
-            "completion": answer,
+            "completion": as_answer(prompt, samples.completions[place]),
             "score": value,
             "truncated": samples.truncated[place],
         }

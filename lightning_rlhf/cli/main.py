@@ -13,6 +13,7 @@ COMMANDS: dict[str, str] = {
     "predict": "lightning_rlhf.cli.training:predict",
     "generate": "lightning_rlhf.cli.generate:main",
     "best-of-n": "lightning_rlhf.cli.best_of_n:main",
+    "label": "lightning_rlhf.cli.label:main",
     "export": "lightning_rlhf.cli.export:main",
     "doctor": "lightning_rlhf.cli.doctor:main",
     "pipeline": "lightning_rlhf.cli.pipeline:main",
@@ -36,6 +37,7 @@ beside it:
   doctor      show, before a long run, what will happen
   generate    sample completions of prompts
   best-of-n   keep the best of n samples a prompt by a reward, as data for SFT
+  label       rank samples of a policy by a judge, or for people to rank, as data for a reward model
   export      turn a checkpoint into an adapter or model directory for transformers, peft and vLLM
   pipeline    train several stages, such as SFT, reward model and PPO, each on what the former made
   sandbox     write the embedded task: data, tokenizer and a tiny model

@@ -11,6 +11,7 @@ annotators' utility and a reward model's proxy (see :class:`Annotator`). Nothing
 >>> report = world.report(row["prompt"], row["completion"])
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from lightning_rlhf.sandbox.annotator import Annotator, best_accuracy, mean_agreement
@@ -20,10 +21,13 @@ from lightning_rlhf.sandbox.world import World
 
 if TYPE_CHECKING:
     from lightning_rlhf.sandbox.model import build_policy, build_tokenizer
+    from lightning_rlhf.sandbox.rewards import AnnotatorReward, GoldReward
 
 __all__ = [
     "Annotator",
+    "AnnotatorReward",
     "GoldReport",
+    "GoldReward",
     "Sandbox",
     "World",
     "best_accuracy",
@@ -35,10 +39,16 @@ __all__ = [
 ]
 
 
+_LAZY = {
+    "build_policy": "model",
+    "build_tokenizer": "model",
+    "AnnotatorReward": "rewards",
+    "GoldReward": "rewards",
+}
+
+
 def __getattr__(name: str) -> object:
     """Import what needs Transformers only when it is asked for."""
-    if name in ("build_policy", "build_tokenizer"):
-        from lightning_rlhf.sandbox import model
-
-        return getattr(model, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
