@@ -32,9 +32,9 @@ class GoodhartMonitor(Callback):
 
     For any module with a ``policy`` (a :class:`~lightning_rlhf.models.LanguageModel`), its ``tokenizer`` and a
     ``reference``. The reference's own samples come first, at KL 0: they standardise both rewards. Logs ``goodhart/…``
-    (see docs/goodhart.md), and writes ``goodhart/goodhart.json`` and ``goodhart.png`` in the log folder, and
-    ``best_gold.ckpt`` whenever gold is better than at the start and ever since. It is the best of many noisy means, so
-    measure its gold on other samples.
+    (see docs/goodhart.md). In the log folder, ``goodhart/`` has ``goodhart.json`` and ``goodhart.png``, every sample's
+    KL and rewards as ``evaluations.json``, and ``best_gold.ckpt``, whenever gold is better than at the start and ever
+    since. It is the best of many noisy means, so measure its gold on other samples.
 
     An alarm is :func:`~lightning_rlhf.functional.decline_test`: gold falls while the proxy rises, both by more than
     chance, over all looks of a run. Afterwards the test begins anew, with the evaluation that gave the alarm. Random
@@ -247,6 +247,7 @@ class GoodhartMonitor(Callback):
             "threshold": self.threshold,
         }
         (folder / "goodhart.json").write_text(json.dumps(content, indent=1) + "\n")
+        (folder / "evaluations.json").write_text(json.dumps(self.history) + "\n")
         figure, _ = draw(curve, fit_of(curve, self.method))
         assert figure is not None
         figure.savefig(folder / "goodhart.png", dpi=120)

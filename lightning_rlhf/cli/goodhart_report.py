@@ -1,0 +1,233 @@
+"""What runs that were watched by GoodhartMonitor show together: a table, and two panels."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rlhf.functional.student_t import student_t_quantile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Z = 1.96
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: T evaluations of the same P prompts, the first of the starting policy.
+
+    Attributes:
+        setting: What was done against over-optimisation.
+        coef: The KL coefficient.
+        seed: Of the run.
+        kl: KL from the start in nats, ``(T, P)``, float64.
+        proxy: What was maximised, ``(T, P)``.
+        gold: What it stands for, ``(T, P)``.
+    """
+
+    setting: str
+    coef: float
+    seed: int
+    kl: Tensor
+    proxy: Tensor
+    gold: Tensor
+
+
+def read_run(setting: str, coef: float, seed: int, evaluations: Path) -> Run:
+    """A run from the ``evaluations.json`` of its monitor."""
+    history = json.loads(evaluations.read_text())
+    kl, proxy, gold = (
+        torch.tensor([one[name] for one in history], dtype=torch.float64) for name in ("kl", "proxy", "gold")
+    )
+    return Run(setting, coef, seed, kl, proxy, gold)
+
+
+class Outcome(NamedTuple):
+    """What one run came to.
+
+    Attributes:
+        best: Gold gained over the start where it is best: chosen on the prompts of even places, measured on the others.
+        best_kl: KL there, in nats.
+        lost_kl: KL at the first evaluation, after that, at which gold is below the start by more than its 95%
+            interval, prompt by prompt; infinite where there is none.
+        end: Gold gained over the start at the end.
+        end_proxy: The proxy's gain at the end.
+        end_kl: KL at the end.
+    """
+
+    best: float
+    best_kl: float
+    lost_kl: float
+    end: float
+    end_proxy: float
+    end_kl: float
+
+
+def outcome(run: Run) -> Outcome:
+    """What a run came to; see :class:`Outcome`.
+
+    Example:
+        >>> gold = torch.tensor([[0.0, 0.0], [2.0, 1.0], [-9.0, -9.0]]).repeat(1, 8).double()
+        >>> kl = torch.arange(3.0).double()[:, None].expand_as(gold)
+        >>> outcome(Run("plain", 0.0, 0, kl, kl, gold))
+        Outcome(best=1.0, best_kl=1.0, lost_kl=2.0, end=-9.0, end_proxy=2.0, end_kl=2.0)
+    """
+    gains = run.gold - run.gold[0]
+    best = int(gains[:, 0::2].mean(1).argmax())
+    kl = run.kl.mean(1)
+    errors = gains.std(1) / gains.shape[1] ** 0.5
+    lost = (gains.mean(1) < -Z * errors) & (torch.arange(len(gains)) > best)
+    return Outcome(
+        gains[best, 1::2].mean().item(),
+        kl[best].item(),
+        kl[int(lost.int().argmax())].item() if lost.any() else math.inf,
+        gains[-1].mean().item(),
+        (run.proxy[-1] - run.proxy[0]).mean().item(),
+        kl[-1].item(),
+    )
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and half of its 95% interval (Student); nan for a single one.
+
+    Example:
+        >>> [round(value, 3) for value in mean_and_interval([1.0, 2.0, 3.0])]
+        [2.0, 2.484]
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, student_t_quantile(0.975, len(values) - 1) * math.sqrt(variance / len(values))
+
+
+def grouped(runs: Sequence[Run]) -> dict[tuple[str, float], list[Run]]:
+    """Runs that differ in their seed only, in the order given."""
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.setting, run.coef), []).append(run)
+    return found
+
+
+COLUMNS = (
+    "setting",
+    "KL coefficient",
+    "seeds",
+    "gold gained at its best",
+    "KL there (nats)",
+    "gold below its start",
+    "KL there (nats)",
+    "gold gained at the end",
+    "proxy gained at the end",
+    "KL at the end (nats)",
+)
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """A table with a row a setting and coefficient, and what its numbers mean."""
+    lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1))]
+    for (setting, coef), several in grouped(runs).items():
+        found = [outcome(run) for run in several]
+        lost = [one.lost_kl for one in found if math.isfinite(one.lost_kl)]
+        cells = [
+            setting,
+            f"{coef:g}",
+            str(len(several)),
+            _cell([one.best for one in found]),
+            _cell([one.best_kl for one in found]),
+            f"{len(lost)} of {len(several)}",
+            _cell(lost) if lost else "",
+            _cell([one.end for one in found]),
+            _cell([one.end_proxy for one in found]),
+            _cell([one.end_kl for one in found]),
+        ]
+        lines.append(tuple(cells))
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    notes = (
+        "± is half of a 95% interval over seeds (Student). The best evaluation of a run is chosen on half of the "
+        "prompts and measured on the other half. Gold is below its start where the difference, prompt by prompt, is "
+        "below 0 by more than its 95% interval, after the best evaluation."
+    )
+    return f"{table}\n\n{notes}\n"
+
+
+def _cell(values: Sequence[float]) -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
+
+
+def draw(runs: Sequence[Run]) -> "Figure":
+    """Both panels: the curves over √KL at the lowest coefficient, and what is reached over the coefficient."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.0, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    settings = list(dict.fromkeys(run.setting for run in runs))
+    for place, setting in enumerate(settings):
+        own = [run for run in runs if run.setting == setting]
+        lowest = min(run.coef for run in own)
+        _draw_curve(left, [run for run in own if run.coef == lowest], setting, f"C{place}")
+        _draw_ends(right, own, setting, f"C{place}")
+    left.set(
+        title="along the run, at the lowest KL coefficient",
+        xlabel="distance from the start, √KL (√nats)",
+        ylabel="gained over the start",
+    )
+    right.set(title="at the end", xlabel="KL coefficient", ylabel="gained over the start")
+    coefs = sorted({run.coef for run in runs})
+    smallest = min((coef for coef in coefs if coef > 0), default=1.0)
+    right.set_xscale("symlog", linthresh=smallest)
+    right.set_xticks(coefs, [f"{coef:g}" for coef in coefs])
+    for axis in (left, right):
+        axis.axhline(0.0, color="grey", linewidth=0.8, zorder=0)
+        axis.grid(alpha=0.3)
+    left.plot([], [], "-", color="black", label="gold")
+    left.plot([], [], ":", color="black", label="proxy")
+    left.legend(fontsize="small", frameon=False)
+    return figure
+
+
+def _draw_curve(axis: "Axes", runs: Sequence[Run], label: str, color: str) -> None:
+    """Means over seeds, evaluation by evaluation, gold with a 95% band."""
+    length = min(len(run.kl) for run in runs)
+    d = torch.stack([run.kl[:length].mean(1).clamp(min=0).sqrt() for run in runs]).mean(0)
+    gold, proxy = (
+        torch.stack([(values[:length] - values[0]).mean(1) for values in several])
+        for several in ([run.gold for run in runs], [run.proxy for run in runs])
+    )
+    bands = [mean_and_interval(column.tolist()) for column in gold.T]
+    means = torch.tensor([mean for mean, _ in bands])
+    halves = torch.tensor([half for _, half in bands]).nan_to_num()
+    axis.plot(d.numpy(), means.numpy(), "-", color=color, label=label)
+    axis.fill_between(d.numpy(), (means - halves).numpy(), (means + halves).numpy(), color=color, alpha=0.15)
+    axis.plot(d.numpy(), proxy.mean(0).numpy(), ":", color=color)
+
+
+def _draw_ends(axis: "Axes", runs: Sequence[Run], label: str, color: str) -> None:
+    by_coef = {
+        coef: several for (_, coef), several in sorted(grouped(runs).items(), key=lambda item: item[0][1])
+    }
+    ends = {coef: [outcome(run) for run in several] for coef, several in by_coef.items()}
+    for style, marker, values in (
+        ("-", "o", [mean_and_interval([one.end for one in found]) for found in ends.values()]),
+        (":", "s", [mean_and_interval([one.end_proxy for one in found]) for found in ends.values()]),
+    ):
+        errors = [0.0 if math.isnan(half) else half for _, half in values]
+        axis.errorbar(
+            list(ends),
+            [mean for mean, _ in values],
+            yerr=errors,
+            fmt=marker,
+            linestyle=style,
+            color=color,
+            markersize=4,
+            capsize=3,
+            label=label if style == "-" else None,
+        )

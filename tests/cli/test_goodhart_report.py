@@ -1,0 +1,69 @@
+"""The report of an experiment, on runs whose curves are known."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lightning_rlhf.cli.goodhart_report import Run, draw, markdown, outcome, read_run
+
+STEPS = torch.arange(11, dtype=torch.float64)
+
+
+def hump(seed, setting="plain", coef=0.0, fall=0.12, prompts=64):
+    """Gold rises and falls, the proxy rises; KL is the step."""
+    noise = 0.3 * torch.randn(11, prompts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gold = (STEPS - fall * STEPS**2)[:, None] + noise
+    kl = STEPS[:, None].expand(11, prompts)
+    return Run(setting, coef, seed, kl, 2 * kl, gold)
+
+
+def test_the_peak_and_the_fall_of_a_known_curve():
+    """s − 0.12 s² is largest, 2.08, at s = 4, and below 0 from s = 9 on."""
+    found = outcome(hump(0))
+    assert found.best_kl == 4
+    assert found.best == pytest.approx(2.08, abs=0.25)
+    assert found.lost_kl == 9
+    assert found.end == pytest.approx(-2.0, abs=0.2)
+    assert found.end_proxy == 20
+    assert outcome(hump(0, fall=0.0)).lost_kl == math.inf
+
+
+def test_the_best_of_noise_is_not_better_than_nothing():
+    """Chosen on one half of the prompts and measured on the other, chance gains nothing on average."""
+    found = []
+    for seed in range(200):
+        flat = torch.randn(11, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        kl = STEPS[:, None].expand(11, 16)
+        found.append(outcome(Run("plain", 0.0, seed, kl, kl, flat)).best)
+    mean = sum(found) / len(found)
+    assert abs(mean) < 4 * torch.tensor(found).std().item() / 200**0.5
+
+
+def test_table_and_picture(tmp_path):
+    runs = [
+        hump(seed, setting, coef, 0.12 if coef == 0 else 0.02)
+        for setting in ("plain", "odd | one")
+        for coef in (0.0, 0.1)
+        for seed in range(3)
+    ]
+    table = markdown(runs)
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 4
+    assert "| 3 of 3 |" in lines[2]
+    assert "| 0 of 3 |" in lines[3]
+    figure = draw(runs)
+    figure.savefig(tmp_path / "both.png")
+    left, right = figure.axes
+    assert len(left.collections) == 2  # a band a setting
+    assert [text.get_text() for text in right.get_xticklabels()] == ["0", "0.1"]
+
+
+def test_runs_are_read_from_what_a_monitor_wrote(tmp_path):
+    rows = [{"step": s, "rows": [0, 1], "kl": [0.0, s], "proxy": [s, s], "gold": [1.0, 2.0]} for s in (0, 5)]
+    (tmp_path / "evaluations.json").write_text(json.dumps(rows))
+    run = read_run("plain", 0.1, 7, tmp_path / "evaluations.json")
+    assert run.kl.tolist() == [[0.0, 0.0], [0.0, 5.0]]
+    assert run.proxy[1].tolist() == [5.0, 5.0]
+    assert (run.setting, run.coef, run.seed) == ("plain", 0.1, 7)
