@@ -78,7 +78,8 @@ def plan_of(name: str, stages: Mapping[str, TrainingStage], output: Path) -> dic
     """
     if not re.fullmatch(r"\w+", name) or name == OUTPUT:
         raise ValueError(
-            f"a stage's name becomes a folder and a placeholder: letters, digits and _, and not {OUTPUT!r}, got {name!r}"
+            f"a stage's name becomes a folder and a placeholder: letters, digits and _, not {name!r} "
+            f"({OUTPUT!r} is taken)"
         )
     earlier = list(stages)[: list(stages).index(name)]
     made = {OUTPUT: str(output), **{before: str(output / before / "model") for before in earlier}}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class Stage:
     def name(self) -> str:
         """In the pipeline."""
         return self.title.lower()
+
+    def but(self, overrides: Mapping[str, Any]) -> "Stage":
+        """The stage with further overrides."""
+        return replace(self, overrides={**self.overrides, **overrides})
 
     def training(self, seed: int) -> TrainingStage:
         """What the pipeline runs: seeded, and logging where the report looks."""

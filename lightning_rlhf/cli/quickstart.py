@@ -165,7 +165,11 @@ def reward_model_row(stage: Stage, folder: Path, found: Ordering) -> Row:
 
 def curve(stage: Stage, folder: Path) -> dict[str, Any]:
     """What the stage logged."""
-    return {"name": stage.metric, "unit": stage.unit, **logged(folder / "run" / "lightning_logs", stage.metric)}
+    return {
+        "name": stage.metric,
+        "unit": stage.unit,
+        **logged(folder / "run" / "lightning_logs", stage.metric),
+    }
 
 
 def main(arguments: list[str]) -> None:

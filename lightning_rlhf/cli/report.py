@@ -147,7 +147,7 @@ def draw(rows: list[Row], path: Path) -> None:
     """Learning curves beside the gold reward of every policy over its distance from SFT."""
     from matplotlib.figure import Figure
 
-    curves = [row for row in rows if row.curve]
+    curves = [row for row in rows if row.curve and row.curve["steps"]]
     across = min(3, len(curves) + 1)
     down = len(curves) // across + 1
     figure = Figure(figsize=(4.2 * across, 3.6 * down), layout="constrained")

@@ -52,7 +52,7 @@ def training_seconds(checkpoint: Path) -> float:
     return float(elapsed["train"])
 
 
-def logged(folder: Path, name: str) -> dict[str, list[float]]:
+def logged(folder: Path, name: str) -> dict[str, list[Any]]:
     """A value by step, as Lightning's ``CSVLogger`` wrote it.
 
     Args:

@@ -21,7 +21,6 @@ from lightning_rlhf.cli.parser import ConfigParser
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
 
-
 QUIET = (
     # It is given arguments while sys.argv holds some. Here they are the same, and have to stay in sys.argv, by which
     # Lightning starts the other processes of a distributed run.

@@ -39,7 +39,7 @@ def small(stage: Stage) -> Stage:
     size = SMALLER.get(stage.title, {"data.init_args.batch_size": 8})
     epochs = {} if stage.title == "PPO" else {"trainer.max_epochs": 1}
     steps = min(stage.checkpoint_steps, 5)
-    return replace(stage, checkpoint_steps=steps, overrides={**stage.overrides, **size, **epochs})
+    return replace(stage.but({**size, **epochs}), checkpoint_steps=steps)
 
 
 def small_plan() -> Plan:

@@ -29,6 +29,8 @@ def test_a_child_ends_when_its_parent_is_killed():
 
 def test_it_is_the_program():
     command = [sys.executable, "-m", "lightning_rlhf.cli.child"]
-    found = subprocess.run([*command, "nothing"], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [*command, "nothing"], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     assert found.returncode == 2
     assert "no command 'nothing'" in found.stderr

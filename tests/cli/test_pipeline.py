@@ -187,7 +187,7 @@ def test_a_name_that_is_no_placeholder_is_refused(program, tiny, here, tmp_path,
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     code, _, error = program("pipeline", "--config", "tiny.yaml")
     assert code == 1
-    assert f"a stage's name becomes a folder and a placeholder: letters, digits and _, and not 'output', got {name!r}" in error
+    assert f"letters, digits and _, not {name!r} ('output' is taken)" in error
 
 
 def test_a_folder_of_something_else_is_left_alone(program, tiny, here, tmp_path):

@@ -140,7 +140,12 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
 def test_every_recipe_of_the_quickstart_trains(program, sandbox, tmp_path, recipe):
     """The files that are part of the package, as they are, on other data."""
     (tmp_path / "sandbox").symlink_to(sandbox)
-    paths = ("--model.policy.path", "sandbox/model", "--data.train", f"sandbox/{DATA.get(recipe, PREFERENCES)}")
+    paths = (
+        "--model.policy.path",
+        "sandbox/model",
+        "--data.train",
+        f"sandbox/{DATA.get(recipe, PREFERENCES)}",
+    )
     other = {"ppo": short_answers("ppo"), "reward_model": ("--data.val", f"sandbox/{PREFERENCES}")}
     steps = STEPS_OF_TWO_ROLLOUTS.get(recipe, 2)
     config = QUICKSTART_RECIPES / f"{recipe}.yaml"
