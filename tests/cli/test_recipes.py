@@ -1,4 +1,6 @@
+import ast
 import json
+import re
 import resource
 from pathlib import Path
 
@@ -155,6 +157,15 @@ def test_every_recipe_of_the_quickstart_trains(program, sandbox, tmp_path, recip
     assert code == 0, error[-2000:]
     saved = torch.load(checkpoint(tmp_path), weights_only=True)
     assert (saved["algorithm"], saved["global_step"]) == (ALGORITHMS.get(recipe, "DPO"), steps)
+
+
+def test_what_is_no_module_is_in_a_wheel_all_the_same():
+    (kept,) = re.findall(r"^lightning_rlhf = (\[.*\])$", (RECIPES.parent / "pyproject.toml").read_text(), re.M)
+    package = RECIPES.parent / "lightning_rlhf"
+    found = {path for pattern in ast.literal_eval(kept) for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert found == files
+    assert len(files) > 5
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "kto", "reward_model"])
