@@ -8,6 +8,8 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
+
 from lightning_rlhf.cli.plan import RM, SFT, Plan
 from lightning_rlhf.cli.quickstart import carry_out
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("ceiling"))
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of every stage's process
     carry_out(PLAN, options.output, options.seed, overwrite=False)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from lightning_rlhf.cli.measure import standard_error
 from lightning_rlhf.cli.plan import DPO, KTO, SFT, Plan, Stage
 from lightning_rlhf.cli.quickstart import carry_out
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     reports = []
+    torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of every stage's process
     for seed in options.seeds:
         folder = options.output / f"seed_{seed}"

@@ -160,7 +160,9 @@ def test_every_recipe_of_the_quickstart_trains(program, sandbox, tmp_path, recip
 
 
 def test_what_is_no_module_is_in_a_wheel_all_the_same():
-    (kept,) = re.findall(r"^lightning_rlhf = (\[.*\])$", (RECIPES.parent / "pyproject.toml").read_text(), re.M)
+    (kept,) = re.findall(
+        r"^lightning_rlhf = (\[.*\])$", (RECIPES.parent / "pyproject.toml").read_text(), re.M
+    )
     package = RECIPES.parent / "lightning_rlhf"
     found = {path for pattern in ast.literal_eval(kept) for path in package.glob(pattern)}
     files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
