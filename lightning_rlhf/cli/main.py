@@ -41,7 +41,7 @@ beside it:
   export      turn a checkpoint into an adapter or model directory for transformers, peft and vLLM
   pipeline    train several stages, such as SFT, reward model and PPO, each on what the former made
   sandbox     write the embedded task: data, tokenizer and a tiny model
-  quickstart  train, align and measure a tiny model, in at most 4 minutes on two cores
+  quickstart  train, align and measure a tiny model on the sandbox
 
 options:
   -h, --help  show this; `lightning-rlhf COMMAND --help` shows what a command takes

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import lightning as L
 
 from lightning_rlhf.algorithms import RewardModel
+from lightning_rlhf.data import PreferenceDataModule
 from lightning_rlhf.functional import wilson_interval
 from lightning_rlhf.sandbox.annotator import best_accuracy
 
@@ -44,18 +46,20 @@ class Ordering:
         )
 
 
-def judge(module: RewardModel, data: L.LightningDataModule, probabilities: Sequence[float]) -> Ordering:
-    """Evaluate a reward model on the test split of its data.
+def judge(checkpoint: Path, pairs: Path, probabilities: Sequence[float]) -> Ordering:
+    """Evaluate a reward model on pairs.
 
     Args:
-        module: Trained, with its scores as it learnt them: an exported model's are in another unit, and then σ(margin)
-            is no probability.
-        data: With a test split.
-        probabilities: For each of its pairs, that an annotator prefers the first.
+        checkpoint: Of the trained model, with its scores as it learnt them: those of its export are in another unit,
+            and then σ(margin) is no probability.
+        pairs: A file of preferences.
+        probabilities: For each of them, that an annotator prefers the first of two answers.
 
     Returns:
         The measurements.
     """
+    module = RewardModel.load_from_checkpoint(checkpoint, weights_only=True)
+    data = PreferenceDataModule(test=str(pairs), batch_size=32)
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,

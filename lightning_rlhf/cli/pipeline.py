@@ -16,6 +16,7 @@ from lightning_rlhf.cli.plain import run_function
 from lightning_rlhf.cli.stage import END, StageCheckpoint, last_checkpoint
 
 PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
+OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class TrainingStage:
 
     Attributes:
         config: Recipes and overlays, which stack; paths from where the command runs.
-        overrides: What is stacked on them, nested as in a recipe; ``${name}`` in it is what the stage ``name`` made.
+        overrides: What is stacked on them, nested as in a recipe or by dotted names (``data.init_args.train``);
+            ``${name}`` in it is what the stage ``name`` made, ``${output}`` the folder of the pipeline.
         checkpoint_steps: Optimizer steps between the checkpoints that an interrupted stage goes on from; for PPO a
             multiple of the steps a rollout, or 1.
         merge: Add a LoRA adapter to its base's weights when it is exported; else the adapter alone is.
@@ -71,15 +73,16 @@ def plan_of(name: str, stages: Mapping[str, TrainingStage], output: Path) -> dic
     """All that a stage's result depends on, as plain values; the data's content aside.
 
     Raises:
-        ValueError: If a placeholder names no earlier stage, or the name is no plain word.
+        ValueError: If a placeholder names no earlier stage, or the name is no plain word, or taken.
         FileNotFoundError: If a recipe is missing.
     """
-    if not re.fullmatch(r"\w+", name):
+    if not re.fullmatch(r"\w+", name) or name == OUTPUT:
         raise ValueError(
-            f"a stage's name becomes a folder and a placeholder: letters, digits and _, not {name!r}"
+            f"a stage's name becomes a folder and a placeholder: letters, digits and _, not {name!r} "
+            f"({OUTPUT!r} is taken)"
         )
     earlier = list(stages)[: list(stages).index(name)]
-    made = {before: str(output / before / "model") for before in earlier}
+    made = {OUTPUT: str(output), **{before: str(output / before / "model") for before in earlier}}
     stage = stages[name]
     missing = [path for path in stage.config if not Path(path).is_file()]
     if missing:
@@ -105,9 +108,9 @@ def filled(value: Any, made: Mapping[str, str], where: str) -> Any:  # noqa: ANN
     Example:
         >>> filled({"path": "${sft}", "seeds": [1, "a ${sft}"]}, {"sft": "out/sft/model"}, "stage ppo")
         {'path': 'out/sft/model', 'seeds': [1, 'a out/sft/model']}
-        >>> filled("${stf}", {"sft": "out/sft/model"}, "stage ppo")
+        >>> filled("${stf}", {"output": "out", "sft": "out/sft/model"}, "stage ppo")
         Traceback (most recent call last):
-        ValueError: stage ppo: ${stf} is no earlier stage; those are sft
+        ValueError: stage ppo: ${stf} is no earlier stage; known are output, sft
     """
     if isinstance(value, Mapping):
         return {key: filled(item, made, where) for key, item in value.items()}
@@ -117,8 +120,7 @@ def filled(value: Any, made: Mapping[str, str], where: str) -> Any:  # noqa: ANN
         return value
     for name in PLACEHOLDER.findall(value):
         if name not in made:
-            known = ", ".join(made) or "none"
-            raise ValueError(f"{where}: ${{{name}}} is no earlier stage; those are {known}")
+            raise ValueError(f"{where}: ${{{name}}} is no earlier stage; known are {', '.join(made)}")
     return PLACEHOLDER.sub(lambda match: made[match[1]], value)
 
 
@@ -148,7 +150,7 @@ def begin_anew(plans: Mapping[str, Any], output: Path, *, overwrite: bool) -> No
 
 
 def train(name: str, stage: TrainingStage, folder: Path) -> None:
-    """Run ``fit`` in a process of its own, from the last checkpoint where there is one.
+    """Run ``fit`` in a process of its own, which ends with this one, from the last checkpoint where there is one.
 
     Raises:
         RuntimeError: If it fails.
@@ -156,7 +158,7 @@ def train(name: str, stage: TrainingStage, folder: Path) -> None:
     recipes = [
         word for path in (*stage.config, str(folder / "overrides.yaml")) for word in ("--config", path)
     ]
-    command = [sys.executable, "-m", "lightning_rlhf", "fit", *recipes, *saving(stage, folder)]
+    command = [sys.executable, "-m", "lightning_rlhf.cli.child", "fit", *recipes, *saving(stage, folder)]
     resume = last_checkpoint(folder / "checkpoints")
     if resume is not None:
         command += ["--ckpt_path", str(resume)]

@@ -1,50 +1,63 @@
 """What the quickstart trains, on what and at what size."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import lightning as L
-
-from lightning_rlhf.algorithms import DPO, KTO, SFT, Optimization, RewardModel
-from lightning_rlhf.algorithms.base import Algorithm
-from lightning_rlhf.data import PreferenceDataModule, SFTDataModule, UnpairedDataModule
-from lightning_rlhf.objectives import Sigmoid
+from lightning_rlhf.cli.pipeline import TrainingStage
 from lightning_rlhf.sandbox.annotator import Annotator
 from lightning_rlhf.sandbox.create import create_sandbox
 from lightning_rlhf.sandbox.world import World
 
+RECIPES = Path(__file__).with_name("quickstart_recipes")
+"""A recipe a stage, for ``lightning-rlhf fit`` as well; part of the package."""
 REWARD_TRAIN, REWARD_TEST = "reward_train.jsonl", "reward_test.jsonl"
 REWARD_TEST_DRAW = 1
 """Of the held-out pairs that a reward model is judged on; draw 0 sets the scale of its scores."""
 
-Parts = tuple[Algorithm, L.LightningDataModule]
-
 
 @dataclass(frozen=True)
 class Stage:
-    """How one stage is trained; the same could stand in a recipe.
+    """A stage of the pipeline, and how it is shown.
 
     Attributes:
-        name: Of its folder.
+        title: Of its row in the table; in lower case its name and folder.
+        recipe: Its file among :data:`RECIPES`.
         metric: The logged value to draw.
-        max_epochs: Passes over the data.
-        batch_size: Prompt groups a step.
-        optimization: Optimizer and schedule.
-        save_every: Optimizer steps between checkpoints.
+        overrides: What is stacked on the recipe; see :class:`~lightning_rlhf.cli.pipeline.TrainingStage`.
+        checkpoint_steps: Optimizer steps between checkpoints.
+        unit: What a step of the metric is.
     """
 
-    name: str
+    title: str
+    recipe: str
     metric: str
-    max_epochs: int
-    batch_size: int
-    optimization: Optimization
-    save_every: int = 50
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_steps: int = 50
+    unit: str = "optimizer step"
 
+    @property
+    def name(self) -> str:
+        """In the pipeline."""
+        return self.title.lower()
 
-Build = Callable[[Stage, Path, Path], Parts]
-"""A stage, the sandbox's folder and the quickstart's → what is trained on what."""
+    def but(self, overrides: Mapping[str, Any]) -> "Stage":
+        """The stage with further overrides."""
+        return replace(self, overrides={**self.overrides, **overrides})
+
+    def training(self, seed: int) -> TrainingStage:
+        """What the pipeline runs: seeded, and logging where the report looks."""
+        common = {
+            "seed_everything": seed,
+            "trainer.logger.init_args.save_dir": f"${{output}}/{self.name}/run",
+        }
+        return TrainingStage(
+            config=[str(RECIPES / self.recipe)],
+            checkpoint_steps=self.checkpoint_steps,
+            overrides={**common, **self.overrides},
+        )
 
 
 @dataclass(frozen=True)
@@ -59,15 +72,17 @@ class Plan:
         num_ranked: Answers in a ranking.
         num_reward_test: Held-out pairs to judge it on.
         num_prompts: Held-out prompts to sample from.
+        num_layers: Of the model.
     """
 
-    stages: tuple[tuple[Stage, Build], ...]
+    stages: tuple[Stage, ...]
     num_demonstrations: int = 20_000
     num_pairs: int = 3_400
     num_rankings: int = 12_000
     num_ranked: int = 6
     num_reward_test: int = 3_000
     num_prompts: int = 500
+    num_layers: int = 2
 
 
 def write_world(folder: Path, plan: Plan, seed: int) -> None:
@@ -78,7 +93,13 @@ def write_world(folder: Path, plan: Plan, seed: int) -> None:
         plan: The sizes.
         seed: Of the world and the model's weights.
     """
-    create_sandbox(folder, seed=seed, num_demonstrations=plan.num_demonstrations, num_pairs=plan.num_pairs)
+    create_sandbox(
+        folder,
+        seed=seed,
+        num_demonstrations=plan.num_demonstrations,
+        num_pairs=plan.num_pairs,
+        num_layers=plan.num_layers,
+    )
     world = World(seed)
     annotator = Annotator(world)
     rankings = world.rankings(plan.num_rankings, annotator, plan.num_ranked)
@@ -96,75 +117,29 @@ def judged_probabilities(plan: Plan, seed: int) -> list[float]:
     ]
 
 
-def sft_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """SFT from random weights on the demonstrations."""
-    module = SFT(str(world_folder / "model"), optimization=stage.optimization)
-    return module, SFTDataModule(str(world_folder / "sft_train.jsonl"), batch_size=stage.batch_size)
-
-
-def rm_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """A reward model from the SFT model on rankings by the annotators."""
-    module = RewardModel(str(output / "sft" / "model"), optimization=stage.optimization)
-    data = PreferenceDataModule(
-        str(world_folder / REWARD_TRAIN),
-        val=str(world_folder / "preferences_val.jsonl"),
-        test=str(world_folder / REWARD_TEST),
-        batch_size=stage.batch_size,
-    )
-    return module, data
-
-
-def dpo_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """DPO from the SFT model on the annotators' pairs."""
-    module = DPO(str(output / "sft" / "model"), objective=Sigmoid(beta=0.1), optimization=stage.optimization)
-    data = PreferenceDataModule(str(world_folder / "preferences_train.jsonl"), batch_size=stage.batch_size)
-    return module, data
-
-
-def kto_parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """KTO from the SFT model on the same answers, each labelled by itself."""
-    module = KTO(str(output / "sft" / "model"), beta=0.1, optimization=stage.optimization)
-    data = UnpairedDataModule(str(world_folder / "preferences_train.jsonl"), batch_size=stage.batch_size)
-    return module, data
-
-
-SFT_STAGE = Stage(
-    name="SFT",
-    metric="train/loss",
-    max_epochs=2,
-    batch_size=64,
-    optimization=Optimization(
-        lr=3e-3, weight_decay=0.01, betas=(0.9, 0.95), schedule="cosine", warmup_ratio=0.05
-    ),
+POLICY, TRAIN, SANDBOX = "model.init_args.policy.path", "data.init_args.train", "${output}/sandbox"
+ON_PAIRS = {POLICY: "${sft}", TRAIN: f"{SANDBOX}/preferences_train.jsonl"}
+SFT = Stage(
+    "SFT", "sft.yaml", "train/loss", {POLICY: f"{SANDBOX}/model", TRAIN: f"{SANDBOX}/sft_train.jsonl"}
 )
-RM_STAGE = Stage(
-    name="RM",
-    metric="train/accuracy",
-    max_epochs=1,
-    batch_size=10,
-    optimization=Optimization(
-        lr=1e-3, weight_decay=0.01, betas=(0.9, 0.95), schedule="cosine", warmup_ratio=0.1
-    ),
+RM = Stage(
+    "RM",
+    "reward_model.yaml",
+    "train/accuracy",
+    {
+        POLICY: "${sft}",
+        TRAIN: f"{SANDBOX}/{REWARD_TRAIN}",
+        "data.init_args.val": f"{SANDBOX}/preferences_val.jsonl",
+    },
 )
-DPO_STAGE = Stage(
-    name="DPO",
-    metric="train/rewards/accuracies",
-    max_epochs=1,
-    batch_size=16,
-    optimization=Optimization(lr=1e-4, schedule="cosine", warmup_ratio=0.1),
+DPO = Stage("DPO", "dpo.yaml", "train/rewards/accuracies", ON_PAIRS)
+KTO = Stage("KTO", "kto.yaml", "train/rewards/margins", ON_PAIRS)
+PPO = Stage(
+    "PPO",
+    "ppo.yaml",
+    "train/objective/scores",
+    {**ON_PAIRS, "model.init_args.reward.init_args.model": "${rm}"},
+    checkpoint_steps=1,  # after every rollout, however many steps that is
+    unit="rollout",
 )
-KTO_STAGE = Stage(
-    name="KTO",
-    metric="train/rewards/margins",
-    max_epochs=1,
-    batch_size=32,
-    optimization=Optimization(lr=1e-4, schedule="cosine", warmup_ratio=0.1),
-)
-PLAN = Plan(
-    stages=(
-        (SFT_STAGE, sft_parts),
-        (RM_STAGE, rm_parts),
-        (DPO_STAGE, dpo_parts),
-        (KTO_STAGE, kto_parts),
-    )
-)
+PLAN = Plan(stages=(SFT, RM, DPO, KTO, PPO))

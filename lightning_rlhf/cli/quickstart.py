@@ -5,23 +5,21 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning as L
 from rich.console import Console
 
-from lightning_rlhf.algorithms import RewardModel
 from lightning_rlhf.cli.evaluation import Samples, sample_and_score
 from lightning_rlhf.cli.measure import divergence, win_rate
 from lightning_rlhf.cli.ordering import Ordering, judge
+from lightning_rlhf.cli.pipeline import pipeline
 from lightning_rlhf.cli.plain import run_function
-from lightning_rlhf.cli.plan import PLAN, Build, Plan, Stage, judged_probabilities, write_world
+from lightning_rlhf.cli.plan import PLAN, REWARD_TEST, Plan, Stage, judged_probabilities, write_world
 from lightning_rlhf.cli.report import Row, console_table, write_report
-from lightning_rlhf.cli.stage import train
+from lightning_rlhf.cli.stage import END, logged, training_seconds
 from lightning_rlhf.generation import Sampling
-from lightning_rlhf.models.export import save_model, written_whole
-from lightning_rlhf.models.reward_export import save_reward_model
-from lightning_rlhf.models.scorer import Scorer
+from lightning_rlhf.models.export import written_whole
+from lightning_rlhf.models.reward_directory import is_classifier
 from lightning_rlhf.sandbox.world import World
 
 MARK = "quickstart.json"
@@ -29,12 +27,12 @@ SAMPLING = Sampling(max_new_tokens=64, temperature=1.0, batch_size=128)
 
 
 def quickstart(output: Path = Path("quickstart"), seed: int = 0, overwrite: bool = False) -> None:
-    """Train a tiny model on the sandbox, a reward model, and policies by DPO and KTO; measure all of them.
+    """Train a tiny model on the sandbox, a reward model, and policies by DPO, KTO and PPO; measure all of them.
 
     An interrupted run goes on where it was when the same command is given again.
 
     Args:
-        output: The folder to make: sandbox/, sft/, rm/, dpo/, kto/ (each with checkpoints/, logs/, model/) and report/.
+        output: The folder to make: sandbox/, a folder a stage (sft/, rm/, dpo/, kto/, ppo/; see pipeline) and report/.
         seed: Of the task, the model and the training.
         overwrite: Start anew where the folder holds a quickstart.
     """
@@ -53,6 +51,7 @@ def carry_out(plan: Plan, output: Path, seed: int, *, overwrite: bool) -> None:
     Raises:
         FileExistsError: If the folder holds a finished quickstart or something else.
         ValueError: If it was begun with another seed.
+        RuntimeError: If a stage fails.
     """
     console = Console()
     began = time.perf_counter()
@@ -61,8 +60,7 @@ def carry_out(plan: Plan, output: Path, seed: int, *, overwrite: bool) -> None:
     if not world_folder.is_dir():
         with console.status("making the sandbox"), written_whole(world_folder) as folder:
             write_world(folder, plan, seed)
-    for stage, build in plan.stages:
-        run_stage(plan, stage, build, output, seed, console)
+    pipeline({stage.name: stage.training(seed) for stage in plan.stages}, output)
     report(plan, output, seed, began, console)
 
 
@@ -92,36 +90,6 @@ def prepare(output: Path, seed: int, *, overwrite: bool) -> None:
     mark.write_text(json.dumps({"seed": seed}) + "\n")
 
 
-def run_stage(plan: Plan, stage: Stage, build: Build, output: Path, seed: int, console: Console) -> None:
-    """Train a stage unless its model is there; a model directory appears only when it is whole."""
-    folder = output / stage.name.lower()
-    if (folder / "model").is_dir():
-        console.print(f"{stage.name}: done already")
-        return
-    console.rule(stage.name)
-    L.seed_everything(seed, verbose=False)
-    module, data = build(stage, output / "sandbox", output)
-    curve = train(
-        module,
-        data,
-        folder,
-        metric=stage.metric,
-        max_epochs=stage.max_epochs,
-        save_every=stage.save_every,
-        gradient_clip_val=1.0,
-    )
-    content = {"name": stage.metric, **curve.state_dict()}
-    with written_whole(folder / "model") as model_folder:
-        if isinstance(module, RewardModel):
-            save_reward_model(cast(Scorer, module.ensemble.scorers[0]), module.tokenizer, model_folder)
-            content["ordering"] = asdict(judge(module, data, judged_probabilities(plan, seed)))
-        else:
-            assert module.policy is not None
-            save_model(module.policy.causal_lm, model_folder)
-            module.tokenizer.save_pretrained(model_folder)
-        (model_folder / "training.json").write_text(json.dumps(content) + "\n")
-
-
 def report(plan: Plan, output: Path, seed: int, began: float, console: Console) -> None:
     """Sample, score, and write the report folder: the last thing to appear, so that it means that all is done."""
     console.rule("samples")
@@ -130,18 +98,19 @@ def report(plan: Plan, output: Path, seed: int, began: float, console: Console) 
     rows: list[Row] = []
     samples: list[dict[str, Any]] = []
     sft: Samples | None = None
-    for stage, _ in plan.stages:
-        folder = output / stage.name.lower() / "model"
-        training = json.loads((folder / "training.json").read_text())
-        if "ordering" in training:
-            rows.append(reward_model_row(stage, training))
+    for stage in plan.stages:
+        folder = output / stage.name
+        if is_classifier(str(folder / "model")):
+            rows.append(reward_model_row(stage, folder, ordering(plan, output, stage, seed)))
             continue
-        drawn = sample_and_score(folder, prompts, world, sampling=SAMPLING, seed=seed, title=stage.name)
+        drawn = sample_and_score(
+            folder / "model", prompts, world, sampling=SAMPLING, seed=seed, title=stage.title
+        )
         sft = sft or drawn
-        rows.append(policy_row(stage, drawn, sft, training))
+        rows.append(policy_row(stage, folder, drawn, sft))
         samples += [
             {
-                "stage": stage.name,
+                "stage": stage.title,
                 "prompt": prompt,
                 "completion": one.text,
                 "gold": found.score,
@@ -161,29 +130,46 @@ def report(plan: Plan, output: Path, seed: int, began: float, console: Console) 
     )
 
 
-def policy_row(stage: Stage, drawn: Samples, sft: Samples, training: dict[str, Any]) -> Row:
+def ordering(plan: Plan, output: Path, stage: Stage, seed: int) -> Ordering:
+    """How a reward model orders the held-out pairs: measured once, and kept beside the model."""
+    folder = output / stage.name
+    if not (folder / "judged").is_dir():
+        found = judge(
+            folder / "checkpoints" / END, output / "sandbox" / REWARD_TEST, judged_probabilities(plan, seed)
+        )
+        with written_whole(folder / "judged") as judged:
+            (judged / "ordering.json").write_text(json.dumps(asdict(found)) + "\n")
+    return Ordering(**json.loads((folder / "judged" / "ordering.json").read_text()))
+
+
+def policy_row(stage: Stage, folder: Path, drawn: Samples, sft: Samples) -> Row:
     """The row of a stage that trained a policy."""
     return Row(
-        stage=stage.name,
-        seconds=training["seconds"],
+        stage=stage.title,
+        seconds=training_seconds(folder / "checkpoints" / END),
         gold=drawn.gold,
         divergence=divergence(drawn.model, sft.model, drawn.completions),
         win_rate=win_rate(drawn.gold, sft.gold),
         mean_length=drawn.mean_length,
         malformed=drawn.malformed,
         truncated=drawn.truncated,
-        curve=training,
+        curve=curve(stage, folder),
     )
 
 
-def reward_model_row(stage: Stage, training: dict[str, Any]) -> Row:
+def reward_model_row(stage: Stage, folder: Path, found: Ordering) -> Row:
     """The row of a stage that trained a reward model: it writes nothing, so it has no gold reward."""
-    return Row(
-        stage=stage.name,
-        seconds=training["seconds"],
-        ordering=Ordering(**training["ordering"]),
-        curve=training,
-    )
+    seconds = training_seconds(folder / "checkpoints" / END)
+    return Row(stage=stage.title, seconds=seconds, ordering=found, curve=curve(stage, folder))
+
+
+def curve(stage: Stage, folder: Path) -> dict[str, Any]:
+    """What the stage logged."""
+    return {
+        "name": stage.metric,
+        "unit": stage.unit,
+        **logged(folder / "run" / "lightning_logs", stage.metric),
+    }
 
 
 def main(arguments: list[str]) -> None:

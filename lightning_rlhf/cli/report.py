@@ -29,7 +29,7 @@ class Row:
         malformed: Share of samples that break the language's rules.
         truncated: Share of samples that were cut off.
         ordering: Of held-out pairs by a reward model.
-        curve: Logged value by step: ``name``, ``steps``, ``values``.
+        curve: Logged value by step: ``name``, ``unit`` of the steps, ``steps``, ``values``.
     """
 
     stage: str
@@ -147,7 +147,7 @@ def draw(rows: list[Row], path: Path) -> None:
     """Learning curves beside the gold reward of every policy over its distance from SFT."""
     from matplotlib.figure import Figure
 
-    curves = [row for row in rows if row.curve]
+    curves = [row for row in rows if row.curve and row.curve["steps"]]
     across = min(3, len(curves) + 1)
     down = len(curves) // across + 1
     figure = Figure(figsize=(4.2 * across, 3.6 * down), layout="constrained")
@@ -170,7 +170,7 @@ def draw_curve(row: Row, axis: "Axes") -> None:
         axis.axhline(ordering.best, linestyle=":", color="grey", label="best reachable")
         axis.errorbar(steps[-1:], [ordering.accuracy], yerr=bars, fmt="o", capsize=4, label="held-out pairs")
         axis.legend(loc="lower right")
-    axis.set(title=row.stage, xlabel="optimizer step", ylabel=row.curve["name"])
+    axis.set(title=row.stage, xlabel=row.curve["unit"], ylabel=row.curve["name"])
     axis.grid(alpha=0.3)
 
 

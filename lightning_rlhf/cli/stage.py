@@ -1,70 +1,16 @@
-"""One training of the quickstart or of a pipeline: resumable, and finished only when its model directory is there."""
+"""What a stage of a pipeline leaves in its folder: checkpoints, the seconds of training, and what was logged."""
 
-import time
+import csv
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_rlhf.callbacks import ExactResume
 from lightning_rlhf.models.export import read_checkpoint
 
-LOG_EVERY = 10
 END = "end.ckpt"
-
-
-class Curve(Callback):
-    """Keep a logged value by step, and the seconds of training; both go on after resuming.
-
-    Args:
-        name: Of the logged value.
-        every: Optimizer steps between logs.
-    """
-
-    def __init__(self, name: str, every: int) -> None:
-        self.name = name
-        self.every = every
-        self.steps: list[int] = []
-        self.values: list[float] = []
-        self.seconds = 0.0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._since = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:  # noqa: ANN401
-        """Note what the module logged after the batch before, which is after a callback's own turn."""
-        self._note(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the last value, and stop the clock."""
-        self._note(trainer)
-        self._tick()
-
-    def _note(self, trainer: L.Trainer) -> None:
-        value, step = trainer.callback_metrics.get(self.name), trainer.global_step
-        fresh = step % self.every == 0 and (not self.steps or self.steps[-1] < step)
-        if value is not None and fresh:
-            self.steps.append(step)
-            self.values.append(float(value))
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint or a report."""
-        if self._since:
-            self._tick()
-        return {"steps": list(self.steps), "values": list(self.values), "seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.steps, self.values = list(state_dict["steps"]), list(state_dict["values"])
-        self.seconds = state_dict["seconds"]
 
 
 class StageCheckpoint(ModelCheckpoint):
@@ -82,7 +28,7 @@ class StageCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end; an interrupted training does not come here."""
-        trainer.save_checkpoint(Path(str(self.dirpath)) / END)
+        trainer.save_checkpoint(Path(str(self.dirpath)) / END, weights_only=False)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -97,55 +43,31 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def train(
-    module: L.LightningModule,
-    datamodule: L.LightningDataModule,
-    folder: Path,
-    *,
-    metric: str,
-    max_epochs: int,
-    save_every: int,
-    gradient_clip_val: float,
-) -> Curve:
-    """Fit a module with a stock Trainer, from the last checkpoint in ``folder`` where there is one.
+def training_seconds(checkpoint: Path) -> float:
+    """Seconds of the training that led to a checkpoint, as Lightning's ``Timer`` kept them.
+
+    Of an interrupted training those up to the checkpoint it went on from, and those after.
+    """
+    elapsed: dict[str, Any] = read_checkpoint(checkpoint)["callbacks"]["Timer"]["time_elapsed"]
+    return float(elapsed["train"])
+
+
+def logged(folder: Path, name: str) -> dict[str, list[Any]]:
+    """A value by step, as Lightning's ``CSVLogger`` wrote it.
 
     Args:
-        module: What to train.
-        datamodule: On what.
-        folder: Gets ``checkpoints/`` and ``logs/``.
-        metric: The logged value whose curve is kept.
-        max_epochs: Passes over the data.
-        save_every: Optimizer steps between checkpoints.
-        gradient_clip_val: Largest norm of a step's gradient.
+        folder: Holds ``version_0`` and, where the training was interrupted, further ones. Steps that a later one took
+            again count as it logged them.
+        name: Of the value.
 
     Returns:
-        The curve and the seconds.
-
-    Raises:
-        KeyboardInterrupt: If it was interrupted.
+        Its ``steps`` and ``values``.
     """
-    checkpoints = folder / "checkpoints"
-    resume = last_checkpoint(checkpoints)
-    if resume is not None:
-        print(f"continuing from {resume}")
-    curve = Curve(metric, every=LOG_EVERY)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=max_epochs,
-        gradient_clip_val=gradient_clip_val,
-        default_root_dir=folder,
-        logger=CSVLogger(folder, name="logs"),
-        callbacks=[
-            ModelCheckpoint(checkpoints, every_n_train_steps=save_every, save_top_k=1, save_last=True),
-            ExactResume(),
-            TQDMProgressBar(refresh_rate=10),
-            curve,
-        ],
-        log_every_n_steps=LOG_EVERY,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    return curve
+    found: dict[int, float] = {}
+    versions = [path.parent for path in folder.glob("version_*/metrics.csv")]
+    for version in sorted(versions, key=lambda path: int(re.sub(r"\D", "", path.name))):
+        with (version / "metrics.csv").open() as file:
+            rows = [(int(row["step"]), row.get(name)) for row in csv.DictReader(file)]
+        found |= {step: float(value) for step, value in rows if value}
+    steps = sorted(found)
+    return {"steps": steps, "values": [found[step] for step in steps]}

@@ -21,6 +21,20 @@ from lightning_rlhf.cli.parser import ConfigParser
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
 
+QUIET = (
+    # It is given arguments while sys.argv holds some. Here they are the same, and have to stay in sys.argv, by which
+    # Lightning starts the other processes of a distributed run.
+    "LightningCLI's args parameter",
+    # A rollout's steps are all taken before the checkpoint after it, as they should be.
+    "Using ModelCheckpoint with manual optimization",
+    # Of no validation data, which need not be there.
+    "Total length of `list` across ranks is zero",
+    # What Lightning and torchdata call themselves.
+    "'set_vital' is deprecated",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+"""Beginnings of warnings that no user can act upon."""
+
 
 class PredictionWriter(BasePredictionWriter):
     """Write one JSON line a row of data: ``{"row": 3, "values": [-12.5, -14.0]}``, one value a completion.
@@ -102,9 +116,8 @@ class RLHFCLI(LightningCLI):
     """
 
     def __init__(self, arguments: list[str], *, run: bool = True) -> None:
-        # It warns where it is given arguments while sys.argv holds some. Here they are the same, and have to stay in
-        # sys.argv, by which Lightning starts the other processes of a distributed run.
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        for beginning in QUIET:
+            warnings.filterwarnings("ignore", message=beginning)
         super().__init__(
             Algorithm,
             L.LightningDataModule,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lightning_rlhf.models.adapters import member_adapter
 from lightning_rlhf.models.export import (
@@ -30,7 +30,7 @@ from lightning_rlhf.models.reward_directory import (
     save_normalization,
     separate_pad,
 )
-from lightning_rlhf.models.scorer import ScoreHead, Scorer
+from lightning_rlhf.models.scorer import ScoreHead
 from lightning_rlhf.models.settings import Dtype, Policy, changes_base
 
 Weights = dict[str, Tensor]
@@ -185,33 +185,7 @@ def _write(
         kept = next(iter(weights.values())).dtype if dtype == "auto" else getattr(torch, dtype)
         model = classifier(config, {n: w.to(kept) for n, w in weights.items()}, head, pad)
         kind = "model"
-    _save(model, head, tokenizer, folder)
-    return kind
-
-
-def save_reward_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a fully fine-tuned reward model that is in memory as :func:`export_reward_model` writes a checkpoint's.
-
-    Args:
-        scorer: Of a model without an adapter.
-        tokenizer: Its own; pads with another token than its end token from now on.
-        folder: Exists.
-
-    Raises:
-        ValueError: If the model has an adapter: that is exported from a checkpoint.
-    """
-    if isinstance(scorer.language_model.model, PeftModel):
-        raise ValueError("the reward model has an adapter: export it from a checkpoint, which names its base")
-    causal_lm = scorer.language_model.causal_lm
-    pad = separate_pad(tokenizer)
-    _save(
-        classifier(causal_lm.config, causal_lm.state_dict(), scorer.head, pad), scorer.head, tokenizer, folder
-    )
-
-
-def _save(
-    model: PreTrainedModel | PeftModel, head: ScoreHead, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
     save_normalization(head, folder)
+    return kind

@@ -53,6 +53,7 @@ def create_sandbox(
     num_demonstrations: int = 20_000,
     num_pairs: int = 3_400,
     num_val: int = 512,
+    num_layers: int = 2,
     overwrite: bool = False,
 ) -> Sandbox:
     """Write a sandbox: ``model/``, five ``.jsonl`` files and, last, ``sandbox.json``.
@@ -65,6 +66,7 @@ def create_sandbox(
         num_demonstrations: Rows to train SFT on.
         num_pairs: Pairs to train a reward model or DPO on.
         num_val: Rows of each validation file.
+        num_layers: Of the model.
         overwrite: Write over what is there.
 
     Returns:
@@ -87,7 +89,7 @@ def create_sandbox(
     _write_rows(paths.preferences_train, world.preferences(num_pairs, annotator))
     _write_rows(paths.preferences_val, world.preferences(num_val, annotator, "val"))
     _write_rows(paths.prompts_val, ({"prompt": prompt} for prompt in world.prompts(num_val, "val")))
-    _write_model(paths.model, seed)
+    _write_model(paths.model, seed, num_layers)
     paths.description.write_text(json.dumps(_describe(world, annotator), indent=2) + "\n")
     return paths
 
@@ -97,12 +99,12 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_model(path: Path, seed: int) -> None:
+def _write_model(path: Path, seed: int, num_layers: int) -> None:
     # Here, since Transformers takes seconds to import.
     from lightning_rlhf.sandbox.model import build_policy, build_tokenizer
 
     tokenizer = build_tokenizer()
-    build_policy(tokenizer, seed).save_pretrained(path)
+    build_policy(tokenizer, seed, num_layers=num_layers).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 

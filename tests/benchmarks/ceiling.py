@@ -5,35 +5,24 @@ Interrupted, it goes on when the same command is given again.
 """
 
 import argparse
-from dataclasses import replace
+import os
 from pathlib import Path
 
 import torch
 
-from lightning_rlhf.algorithms import SFT
-from lightning_rlhf.cli.plan import RM_STAGE, SFT_STAGE, Parts, Plan, Stage, rm_parts
+from lightning_rlhf.cli.plan import RM, SFT, Plan
 from lightning_rlhf.cli.quickstart import carry_out
-from lightning_rlhf.data import SFTDataModule
-from lightning_rlhf.sandbox import build_policy, build_tokenizer
-
-
-def deeper_sft(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """SFT of a model of four layers."""
-    tokenizer = build_tokenizer()
-    model = build_policy(tokenizer, num_layers=4)
-    module = SFT(model, tokenizer, optimization=stage.optimization)
-    return module, SFTDataModule(str(world_folder / "sft_train.jsonl"), batch_size=stage.batch_size)
-
 
 PLAN = Plan(
     stages=(
-        (replace(SFT_STAGE, max_epochs=1, batch_size=32), deeper_sft),
-        (replace(RM_STAGE, batch_size=8), rm_parts),
+        SFT.but({"trainer.max_epochs": 1, "data.init_args.batch_size": 32}),
+        RM.but({"data.init_args.batch_size": 8}),
     ),
     num_demonstrations=30_000,
     num_pairs=0,
     num_rankings=24_000,
     num_ranked=8,
+    num_layers=4,
 )
 
 
@@ -45,6 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of every stage's process
     carry_out(PLAN, options.output, options.seed, overwrite=False)
 
 

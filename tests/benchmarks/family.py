@@ -6,18 +6,18 @@ trains them. Prints a Markdown table. Interrupted, it goes on when the same comm
 
 import argparse
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from lightning_rlhf.algorithms import DPO, KTO, Optimization
 from lightning_rlhf.cli.measure import standard_error
-from lightning_rlhf.cli.plan import SFT_STAGE, Build, Parts, Plan, Stage, sft_parts
+from lightning_rlhf.cli.plan import DPO, KTO, SFT, Plan, Stage
 from lightning_rlhf.cli.quickstart import carry_out
-from lightning_rlhf.data import PreferenceDataModule, UnpairedDataModule
-from lightning_rlhf.objectives import IPO, ORPO, Objective, Sigmoid, SimPO
 
 HEADER = (
     "method",
@@ -31,47 +31,34 @@ HEADER = (
 )
 
 
-def stage(name: str, lr: float, batch_size: int = 16) -> Stage:
-    """One pass over the pairs."""
-    optimization = Optimization(lr=lr, schedule="cosine", warmup_ratio=0.1)
-    return Stage(name, "train/loss", max_epochs=1, batch_size=batch_size, optimization=optimization)
+def method(recipe: Stage, title: str, lr: float, settings: Mapping[str, Any]) -> Stage:
+    """A stage of the quickstart by another name, learning rate and objective."""
+    overrides = {"model.init_args.optimization.lr": lr, **settings}
+    return replace(recipe.but(overrides), title=title, metric="train/loss")
 
 
-def by(objective: Objective) -> Build:
-    """Preference optimisation with an objective, from the SFT model."""
-
-    def parts(stage: Stage, world_folder: Path, output: Path) -> Parts:
-        module = DPO(str(output / "sft" / "model"), objective=objective, optimization=stage.optimization)
-        pairs = str(world_folder / "preferences_train.jsonl")
-        return module, PreferenceDataModule(pairs, batch_size=stage.batch_size)
-
-    return parts
+def by(objective: str, **settings: float) -> dict[str, Any]:
+    """Preference optimisation with an objective."""
+    return {"model.init_args.objective": {"class_path": objective, "init_args": settings}}
 
 
-def kto(stage: Stage, world_folder: Path, output: Path) -> Parts:
-    """KTO from the SFT model, on the answers of the same pairs."""
-    module = KTO(str(output / "sft" / "model"), beta=0.1, optimization=stage.optimization)
-    pairs = str(world_folder / "preferences_train.jsonl")
-    return module, UnpairedDataModule(pairs, batch_size=stage.batch_size)
-
-
-METHODS: dict[str, tuple[Stage, Build]] = {
-    "DPO, β = 0.1": (stage("DPO", 1e-4), by(Sigmoid(beta=0.1))),
-    "IPO, β = 1": (stage("IPO", 1e-4), by(IPO(beta=1.0))),
-    "KTO, β = 0.1": (stage("KTO", 1e-4, batch_size=32), kto),
-    "ORPO, β = 2": (stage("ORPO", 5e-4), by(ORPO(beta=2.0))),
-    "SimPO, β = 2, γ = 0.5": (stage("SimPO", 1e-4), by(SimPO(beta=2.0, gamma=0.5))),
+METHODS: dict[str, Stage] = {
+    "DPO, β = 0.1": method(DPO, "DPO", 1e-4, by("Sigmoid", beta=0.1)),
+    "IPO, β = 1": method(DPO, "IPO", 1e-4, by("IPO", beta=1.0)),
+    "KTO, β = 0.1": method(KTO, "KTO", 1e-4, {"model.init_args.beta": 0.1}),
+    "ORPO, β = 2": method(DPO, "ORPO", 5e-4, by("ORPO", beta=2.0)),
+    "SimPO, β = 2, γ = 0.5": method(DPO, "SimPO", 1e-4, by("SimPO", beta=2.0, gamma=0.5)),
 }
 """What was tuned (learning rate, β) was tuned on seed 0, which is not among the reported ones."""
-PLAN = Plan(stages=((SFT_STAGE, sft_parts), *METHODS.values()), num_rankings=0, num_reward_test=0)
+PLAN = Plan(stages=(SFT, *METHODS.values()), num_rankings=0, num_reward_test=0)
+RATES = (3e-3, *(stage.overrides["model.init_args.optimization.lr"] for stage in METHODS.values()))
 
 
 def table(reports: list[list[dict[str, Any]]]) -> str:
     """The Markdown table of the quickstart reports of several seeds."""
     names = ["SFT", *METHODS]
-    rates = [SFT_STAGE.optimization.lr, *(one.optimization.lr for one, _ in METHODS.values())]
     lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1)]
-    for place, (name, rate) in enumerate(zip(names, rates, strict=True)):
+    for place, (name, rate) in enumerate(zip(names, RATES, strict=True)):
         rows = [report[place] for report in reports]
         gains = [row["gold"] - report[0]["gold"] for row, report in zip(rows, reports, strict=True)]
         lines.append(
@@ -105,6 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     reports = []
     torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of every stage's process
     for seed in options.seeds:
         folder = options.output / f"seed_{seed}"
         if not (folder / "report").is_dir():

@@ -2,42 +2,50 @@
 
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_rlhf.cli.plan import PLAN, Build, Plan, Stage
+import lightning as L
+
+from lightning_rlhf.cli import pipeline
+from lightning_rlhf.cli.main import main
+from lightning_rlhf.cli.plan import PLAN, Plan, Stage
 from lightning_rlhf.cli.quickstart import carry_out
 
-
-def killed_at(step: int, build: Build) -> Build:
-    """What ``build`` builds, with data that kill the process as a step begins."""
-
-    def parts(stage: Stage, world_folder: Path, output: Path):
-        module, data = build(stage, world_folder, output)
-
-        def deliver(batch, dataloader_idx):
-            if data.trainer.training and data.trainer.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return batch
-
-        data.on_after_batch_transfer = deliver
-        return module, data
-
-    return parts
+STEP = 12
+SMALLER = {
+    "PPO": {
+        "data.init_args.batch_size": 32,
+        "model.init_args.update.num_epochs": 4,
+        "model.init_args.update.minibatch_size": 16,
+        "trainer.max_steps": 24,
+    },
+    "KTO": {"data.init_args.batch_size": 16},
+}
 
 
-def small_plan(stage_name: str = "", step: int = -1) -> Plan:
-    """The real stages at a size of 24 steps each, a checkpoint every fifth."""
-    stages = (
-        (
-            replace(stage, batch_size=16 if stage.name == "KTO" else 8, max_epochs=1, save_every=5),
-            killed_at(step, build) if stage.name == stage_name else build,
-        )
-        for stage, build in PLAN.stages
-    )
+class Kill(L.Callback):
+    """End the process as a step begins."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step >= STEP:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def small(stage: Stage) -> Stage:
+    """The stage in 24 steps, a checkpoint every fifth; of PPO three rollouts, a checkpoint after each."""
+    size = SMALLER.get(stage.title, {"data.init_args.batch_size": 8})
+    epochs = {} if stage.title == "PPO" else {"trainer.max_epochs": 1}
+    steps = min(stage.checkpoint_steps, 5)
+    return replace(stage.but({**size, **epochs}), checkpoint_steps=steps)
+
+
+def small_plan() -> Plan:
+    """The real stages at a small size."""
     return Plan(
-        stages=tuple(stages),
+        stages=tuple(small(stage) for stage in PLAN.stages),
         num_demonstrations=192,
         num_pairs=192,
         num_rankings=192,
@@ -46,5 +54,25 @@ def small_plan(stage_name: str = "", step: int = -1) -> Plan:
     )
 
 
+def fit_here(killed: str = ""):
+    """``subprocess.run`` for a pipeline's trainings, in this process: starting another one takes most of the time."""
+
+    def run(command, check):
+        assert command[:3] == [sys.executable, "-m", "lightning_rlhf.cli.child"]
+        words = command[3:]
+        if f"--trainer.default_root_dir={killed}" in words:
+            words += [f"--trainer.callbacks+={Kill.__module__}.Kill"]
+        code = 0
+        try:
+            main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return subprocess.CompletedProcess(command, code)
+
+    return run
+
+
 if __name__ == "__main__":
-    carry_out(small_plan(sys.argv[2], int(sys.argv[3])), Path(sys.argv[1]), 0, overwrite=False)
+    output, name = Path(sys.argv[1]), sys.argv[2]
+    pipeline.subprocess.run = fit_here(killed=str(output / name / "run"))
+    carry_out(small_plan(), output, 0, overwrite=False)

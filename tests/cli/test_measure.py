@@ -78,12 +78,12 @@ def reward_model_row():
         calibration_error=0.0123,
         length_correlation=0.4,
     )
-    curve = {"name": "train/accuracy", "steps": [10, 20], "values": [0.5, 0.6]}
+    curve = {"name": "train/accuracy", "unit": "optimizer step", "steps": [10, 20], "values": [0.5, 0.6]}
     return Row(stage="RM", seconds=30.0, ordering=ordering, curve=curve)
 
 
 def test_report_holds_the_table_the_picture_and_the_samples(tmp_path):
-    curve = {"name": "train/loss", "steps": [10, 20], "values": [2.0, 1.0]}
+    curve = {"name": "train/loss", "unit": "optimizer step", "steps": [10, 20], "values": [2.0, 1.0]}
     rows = [row("SFT", [1.0, 3.0], curve), reward_model_row(), row("DPO", [2.0, 4.0])]
     write_report(tmp_path, rows, [{"stage": "SFT", "prompt": "a", "completion": "b"}], seconds=99.6)
     text = (tmp_path / "table.md").read_text()

@@ -1,7 +1,6 @@
 """A pipeline is what the commands fit and export would be given, stage after stage."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -43,7 +42,7 @@ def here(monkeypatch):
     seen = []
 
     def run(command, check):
-        assert command[:3] == [sys.executable, "-m", "lightning_rlhf"]
+        assert command[:3] == [sys.executable, "-m", "lightning_rlhf.cli.child"]
         seen.append(command[3:])
         try:
             main(command[3:])
@@ -103,24 +102,26 @@ def test_a_finished_training_is_exported_without_training_again(program, tiny, h
 
 @pytest.mark.slow
 def test_a_killed_pipeline_goes_on_bit_for_bit(program, tiny, tmp_path):
-    """In real processes, all of them killed at once after some checkpoint."""
+    """In real processes: the pipeline alone is killed after some checkpoint, and its training ends with it."""
     settings = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
     sft = settings["stages"]["sft"]
-    sft["overrides"]["trainer"] = {"max_steps": 240, "max_epochs": -1}
-    sft["overrides"]["data"]["init_args"]["batch_size"] = 2
+    sft["overrides"] |= {
+        "trainer": {"max_steps": 240, "max_epochs": -1},
+        "data.init_args.batch_size": 2,
+        "data.init_args.train": "sandbox/sft_train.jsonl",
+    }
+    del sft["overrides"]["data"]
     settings["stages"] = {"sft": sft}
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "lightning_rlhf", "pipeline", "--config", "long.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     checkpoints = tmp_path / "pipeline/sft/checkpoints"
     with (tmp_path / "log").open("w") as log:
-        first = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
         end = time.monotonic() + 120
         while not list(checkpoints.glob("epoch=*.ckpt")) and first.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
-        os.killpg(first.pid, signal.SIGKILL)
+        first.kill()
         first.wait()
     assert list(checkpoints.glob("epoch=*.ckpt")), (tmp_path / "log").read_text()[-3000:]
     assert not (checkpoints / "end.ckpt").exists(), "it had finished before it could be killed"
@@ -154,7 +155,7 @@ def test_a_stage_that_fails_is_named(program, tiny, here):
     [
         (
             {"overrides": {"model": {"path": "${ppo}"}}},
-            "stage sft: ${ppo} is no earlier stage; those are none",
+            "stage sft: ${ppo} is no earlier stage; known are output",
         ),
         ({"config": ["recipes/sftt.yaml"]}, "stage sft: no configuration at recipes/sftt.yaml"),
     ],
@@ -177,6 +178,16 @@ def test_a_wrong_key_or_value_of_a_stage_is_named(program, tiny, here, key, valu
     assert code == expected
     assert key in error
     assert not here
+
+
+@pytest.mark.parametrize("name", ["output", "a-b"])
+def test_a_name_that_is_no_placeholder_is_refused(program, tiny, here, tmp_path, name):
+    settings = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    settings["stages"] = {name: settings["stages"]["sft"]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    code, _, error = program("pipeline", "--config", "tiny.yaml")
+    assert code == 1
+    assert f"letters, digits and _, not {name!r} ('output' is taken)" in error
 
 
 def test_a_folder_of_something_else_is_left_alone(program, tiny, here, tmp_path):

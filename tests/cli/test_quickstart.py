@@ -13,24 +13,32 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lightning_rlhf.cli import pipeline
 from lightning_rlhf.cli.plan import PLAN
 from lightning_rlhf.cli.quickstart import carry_out
+from lightning_rlhf.cli.stage import logged
 from lightning_rlhf.data.packing import PromptGroup, pack
 from lightning_rlhf.models.reward_directory import load_scorer
 from lightning_rlhf.sandbox import Annotator, World, best_accuracy
-from tests.cli.quickstart_worker import small_plan
+from tests.cli.quickstart_worker import fit_here, small_plan
 
 ROOT = Path(__file__).parents[2]
-NAMES = [stage.name for stage, _ in PLAN.stages]
+NAMES = [stage.title for stage in PLAN.stages]
 ALGORITHMS = {"RM": "RewardModel"}
 POLICIES = [name for name in NAMES if name != "RM"]
+
+
+def run(plan, folder, *, seed=0, overwrite=False):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.subprocess, "run", fit_here())
+        carry_out(plan, folder, seed, overwrite=overwrite)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder that was never interrupted; no test changes it."""
     folder = tmp_path_factory.mktemp("finished") / "quickstart"
-    carry_out(small_plan(), folder, seed=0, overwrite=False)
+    run(small_plan(), folder)
     return folder
 
 
@@ -98,12 +106,13 @@ def test_the_reward_model_is_judged_on_held_out_pairs(finished):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_leaves_a_checkpoint_logs_and_a_model(finished, name):
     folder = finished / name.lower()
-    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert (saved["algorithm"], saved["global_step"]) == (ALGORITHMS.get(name, name), 20)
-    assert (folder / "logs" / "version_0" / "metrics.csv").is_file()
-    curve = json.loads((folder / "model" / "training.json").read_text())
-    assert curve["steps"] == [10, 20]
-    assert curve["seconds"] > 0
+    saved = torch.load(folder / "checkpoints" / "end.ckpt", weights_only=True)
+    assert (saved["algorithm"], saved["global_step"]) == (ALGORITHMS.get(name, name), 24)
+    stage = PLAN.stages[NAMES.index(name)]
+    curve = logged(folder / "run" / "lightning_logs", stage.metric)
+    assert curve["steps"] == ([0, 1, 2] if name == "PPO" else [9, 19])
+    stages = json.loads((finished / "report" / "table.json").read_text())["stages"]
+    assert stages[NAMES.index(name)]["seconds"] > 0
     if name == "RM":
         model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
         assert load_scorer(str(folder / "model")).head.is_normalized
@@ -115,12 +124,12 @@ def test_a_stage_leaves_a_checkpoint_logs_and_a_model(finished, name):
 
 
 def killed_in(stage, folder):
-    """A process that kills itself at step 12 of a stage."""
+    """A process that kills itself at the first step after 11 of a stage."""
     command = ["timeout", "-k", "5", "200", sys.executable, "-m", "tests.cli.quickstart_worker"]
     threads = str(torch.get_num_threads())
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*command, folder, stage, "12"],
+        [*command, folder, stage.lower()],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -136,14 +145,18 @@ def test_killed_in_the_first_and_the_last_stage_and_continued_gives_the_same_tab
     for name in (NAMES[0], NAMES[-1]):
         killed = killed_in(name, folder)
         assert killed.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), killed.stderr[-3000:]
-        assert (folder / name.lower() / "checkpoints" / "last.ckpt").is_file()
+        (kept,) = (folder / name.lower() / "checkpoints").iterdir()
+        assert kept.name == ("epoch=0-step=16.ckpt" if name == "PPO" else "epoch=0-step=10.ckpt")
         assert not (folder / name.lower() / "model").exists()
         assert not (folder / "report").exists()
-    carry_out(small_plan(), folder, seed=0, overwrite=False)
+    run(small_plan(), folder)
     printed = capsys.readouterr().out
-    assert all(f"{name}: done already" in printed for name in NAMES[:-1])
+    assert all(f"{name.lower()}: done already" in printed for name in NAMES[:-1])
     assert f"continuing from {folder / NAMES[-1].lower() / 'checkpoints'}" in printed
     assert table(folder) == table(finished)
+    for stage in PLAN.stages:
+        curves = (logged(f / stage.name / "run" / "lightning_logs", stage.metric) for f in (folder, finished))
+        assert next(curves) == next(curves)
     for file in ("report/samples.jsonl", *(f"{name.lower()}/model/model.safetensors" for name in NAMES)):
         assert (folder / file).read_bytes() == (finished / file).read_bytes()
 
@@ -162,7 +175,7 @@ def test_overwrite_starts_anew(finished, tmp_path):
     shutil.copytree(finished, folder)
     (folder / "old").write_text("of the run before")
     plan = small_plan()
-    carry_out(replace(plan, stages=plan.stages[:1]), folder, seed=1, overwrite=True)
+    run(replace(plan, stages=plan.stages[:1]), folder, seed=1, overwrite=True)
     assert not (folder / "old").exists()
     assert json.loads((folder / "quickstart.json").read_text()) == {"seed": 1}
     assert json.loads((folder / "sandbox" / "sandbox.json").read_text())["seed"] == 1

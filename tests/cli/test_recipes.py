@@ -1,4 +1,6 @@
+import ast
 import json
+import re
 import resource
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from lightning_rlhf.algorithms import RewardModel
+from lightning_rlhf.cli.plan import RECIPES as QUICKSTART_RECIPES
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.models import LoRA, Policy
 from lightning_rlhf.models.reward_export import export_reward_model
@@ -133,6 +136,38 @@ def test_every_recipe_trains_and_is_exported(program, arguments, tmp_path, recip
     assert algorithm in printed
     folder = tmp_path / "out" / "member_3" if recipe == "reward_ensemble" else tmp_path / "out"
     assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward_model", "dpo", "kto", "ppo"])
+def test_every_recipe_of_the_quickstart_trains(program, sandbox, tmp_path, recipe):
+    """The files that are part of the package, as they are, on other data."""
+    (tmp_path / "sandbox").symlink_to(sandbox)
+    paths = (
+        "--model.policy.path",
+        "sandbox/model",
+        "--data.train",
+        f"sandbox/{DATA.get(recipe, PREFERENCES)}",
+    )
+    other = {"ppo": short_answers("ppo"), "reward_model": ("--data.val", f"sandbox/{PREFERENCES}")}
+    steps = STEPS_OF_TWO_ROLLOUTS.get(recipe, 2)
+    config = QUICKSTART_RECIPES / f"{recipe}.yaml"
+    code, _, error = program(
+        "fit", "--config", config, *paths, *other.get(recipe, ()), "--trainer.max_steps", steps
+    )
+    assert code == 0, error[-2000:]
+    saved = torch.load(checkpoint(tmp_path), weights_only=True)
+    assert (saved["algorithm"], saved["global_step"]) == (ALGORITHMS.get(recipe, "DPO"), steps)
+
+
+def test_what_is_no_module_is_in_a_wheel_all_the_same():
+    (kept,) = re.findall(
+        r"^lightning_rlhf = (\[.*\])$", (RECIPES.parent / "pyproject.toml").read_text(), re.M
+    )
+    package = RECIPES.parent / "lightning_rlhf"
+    found = {path for pattern in ast.literal_eval(kept) for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert found == files
+    assert len(files) > 5
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "kto", "reward_model"])

@@ -14,12 +14,7 @@ from lightning_rlhf.models import LoRA, Policy, Quantization, load_language_mode
 from lightning_rlhf.models.adapters import member_adapter
 from lightning_rlhf.models.export import read_checkpoint
 from lightning_rlhf.models.reward_directory import add_scorer
-from lightning_rlhf.models.reward_export import (
-    average_members,
-    export_reward_model,
-    read_members,
-    save_reward_model,
-)
+from lightning_rlhf.models.reward_export import average_members, export_reward_model, read_members
 from tests.algorithms.conftest import random_groups
 from tests.tokenizers import letters
 
@@ -229,20 +224,3 @@ def test_members_are_named(tmp_path, llama_dir, trainer):
 def test_other_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no score head: it is not a reward model's"):
         read_members({"policy.model.x": torch.zeros(1)})
-
-
-def test_a_model_in_memory_is_written_as_its_checkpoint_is(llama_dir, tmp_path, trainer):
-    module, checkpoint = trained(llama_dir, tmp_path, trainer)
-    export_reward_model(checkpoint, tmp_path / "exported")
-    (tmp_path / "saved").mkdir()
-    save_reward_model(module.ensemble.scorers[0], module.tokenizer, tmp_path / "saved")
-    for name in ("model.safetensors", "config.json", "score_normalization.json", "tokenizer.json"):
-        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes(), name
-    with torch.no_grad():
-        torch.testing.assert_close(load_scorer(str(tmp_path / "saved"))(BATCH), module.ensemble(BATCH))
-
-
-def test_an_adapter_in_memory_is_to_be_exported_from_a_checkpoint(llama_dir, tmp_path, trainer):
-    module, _ = trained(Policy(llama_dir, lora=LoRA(r=2)), tmp_path, trainer)
-    with pytest.raises(ValueError, match="export it from a checkpoint"):
-        save_reward_model(module.ensemble.scorers[0], module.tokenizer, tmp_path)

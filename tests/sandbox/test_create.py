@@ -58,6 +58,14 @@ def test_rows_and_description_are_the_worlds(sandbox):
     assert said["gold"]["token_budget"] == 40
 
 
+def test_the_model_is_as_deep_as_asked_for(sandbox, tmp_path):
+    deeper = create_sandbox(tmp_path, num_layers=3, **SMALL)
+    layers = [
+        json.loads((s.model / "config.json").read_text())["num_hidden_layers"] for s in (sandbox, deeper)
+    ]
+    assert layers == [2, 3]
+
+
 def test_the_same_seed_writes_the_same_bytes(sandbox, tmp_path):
     assert _contents(create_sandbox(tmp_path / "a" / "b", seed=5, **SMALL)) == _contents(sandbox)
 
