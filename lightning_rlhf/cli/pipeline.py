@@ -1,10 +1,11 @@
-"""lightning-rlhf pipeline: trainings one after the other, each on what the former made."""
+"""lightning-rlhf pipeline: trainings, and labelling between them, each on what the former made."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lightning_rlhf.cli.stage import END, StageCheckpoint, last_checkpoint
 
 PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 OUTPUT = "output"
+Plain = str | int | float | bool | list | dict | None
+"""What YAML holds. Of `Any`, and of what is made of it, jsonargparse would build every class that is named."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class TrainingStage:
 
     config: list[str]
     checkpoint_steps: int
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Plain] = field(default_factory=dict)
     merge: bool = True
 
     def __post_init__(self) -> None:
@@ -44,32 +47,99 @@ class TrainingStage:
         if self.checkpoint_steps < 1:
             raise ValueError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}")
 
+    @property
+    def artefact(self) -> str:
+        """What it makes, in its folder."""
+        return "model"
 
-def pipeline(stages: dict[str, TrainingStage], output: Path, overwrite: bool = False) -> None:
-    """Train several stages, such as SFT, reward model and PPO; finished ones are skipped, an interrupted one goes on.
+    def plan(self, made: Mapping[str, str], where: str) -> dict[str, Any]:
+        """All that the result depends on, as plain values; the data's content aside.
+
+        Raises:
+            FileNotFoundError: If a recipe is missing.
+        """
+        missing = [path for path in self.config if not Path(path).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{where}: no configuration at {missing[0]} (from {Path.cwd()})")
+        return {
+            "config": [yaml.safe_load(Path(path).read_text()) for path in self.config],
+            "overrides": filled(self.overrides, made, where),
+            "merge": self.merge,
+        }
+
+    def run(self, name: str, folder: Path, plan: Mapping[str, Any]) -> None:
+        """Train, from the last checkpoint where there is one, and export."""
+        (folder / "overrides.yaml").write_text(yaml.safe_dump(plan["overrides"], sort_keys=False))
+        end = folder / "checkpoints" / END
+        if not end.is_file():
+            train(name, self, folder)
+        export(end, folder / self.artefact, merge=self.merge)
+
+
+@dataclass(frozen=True)
+class LabellingStage:
+    """Samples of a policy, ranked: the data of a later reward model, and so a round of re-labelling.
+
+    Attributes:
+        label: Arguments of ``lightning-rlhf label``, ``output`` aside, with placeholders as in ``overrides``; what the
+            stage made is a file. Without a ``judge`` the pipeline ends here until people have filled in the ranks.
+    """
+
+    label: dict[str, Plain]
+
+    def __post_init__(self) -> None:
+        """Refuse what can only be a slip."""
+        if "output" in self.label:
+            raise ValueError("label names an output: leave it out, the pipeline says where its stages write")
+
+    @property
+    def artefact(self) -> str:
+        """What it makes, in its folder."""
+        return "ranked.jsonl"
+
+    def plan(self, made: Mapping[str, str], where: str) -> dict[str, Any]:
+        """All that the result depends on."""
+        return {"label": filled(self.label, made, where)}
+
+    def run(self, name: str, folder: Path, plan: Mapping[str, Any]) -> None:
+        """Sample and rank."""
+        (folder / "label.yaml").write_text(yaml.safe_dump(plan["label"], sort_keys=False))
+        command = ["label", f"--config={folder / 'label.yaml'}", f"--output={folder / self.artefact}"]
+        print(f"{name}: labelling", flush=True)
+        in_a_child(name, command, "The same command begins the stage anew")
+
+
+Stage = TrainingStage | LabellingStage
+
+
+def pipeline(stages: dict[str, Stage], output: Path, overwrite: bool = False) -> None:
+    """Run several stages, such as SFT, reward model and PPO; finished ones are skipped, an interrupted one goes on.
 
     Args:
         stages: By name, in their order.
         output: The folder to make: a folder a stage, with run/ (logs), checkpoints/ and model/, its export.
-        overwrite: Where a stage's configuration has changed, train it and all later ones anew.
+        overwrite: Where a stage's configuration has changed, run it and all later ones anew.
     """
     plans = {name: plan_of(name, stages, output) for name in stages}
     begin_anew(plans, output, overwrite=overwrite)
     for name, plan in plans.items():
-        folder = output / name
-        if (folder / "model").is_dir():
-            print(f"{name}: done already ({folder / 'model'})")
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stage.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
-        (folder / "overrides.yaml").write_text(yaml.safe_dump(plan["overrides"], sort_keys=False))
-        end = folder / "checkpoints" / END
-        if not end.is_file():
-            train(name, stages[name], folder)
-        export(end, folder / "model", merge=stages[name].merge)
+        stage, folder = stages[name], output / name
+        artefact = folder / stage.artefact
+        if artefact.exists():
+            print(f"{name}: done already ({artefact})")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "stage.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+            stage.run(name, folder, plan)
+        if isinstance(stage, LabellingStage) and (waiting := unranked(artefact)):
+            print(
+                f"{name}: {waiting} rows of {artefact} wait for people: fill in their ranks, and give the same command "
+                "again"
+            )
+            return
 
 
-def plan_of(name: str, stages: Mapping[str, TrainingStage], output: Path) -> dict[str, Any]:
+def plan_of(name: str, stages: Mapping[str, Stage], output: Path) -> dict[str, Any]:
     """All that a stage's result depends on, as plain values; the data's content aside.
 
     Raises:
@@ -82,16 +152,15 @@ def plan_of(name: str, stages: Mapping[str, TrainingStage], output: Path) -> dic
             f"({OUTPUT!r} is taken)"
         )
     earlier = list(stages)[: list(stages).index(name)]
-    made = {OUTPUT: str(output), **{before: str(output / before / "model") for before in earlier}}
-    stage = stages[name]
-    missing = [path for path in stage.config if not Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"stage {name}: no configuration at {missing[0]} (from {Path.cwd()})")
-    return {
-        "config": [yaml.safe_load(Path(path).read_text()) for path in stage.config],
-        "overrides": filled(stage.overrides, made, f"stage {name}"),
-        "merge": stage.merge,
-    }
+    made = {OUTPUT: str(output)}
+    made |= {before: str(output / before / stages[before].artefact) for before in earlier}
+    return stages[name].plan(made, f"stage {name}")
+
+
+def unranked(path: Path) -> int:
+    """Rows of ranked data whose ranks are null: nobody has compared them yet."""
+    with path.open() as file:
+        return sum(json.loads(line)["ranks"] is None for line in file)
 
 
 def filled(value: Any, made: Mapping[str, str], where: str) -> Any:  # noqa: ANN401 - any plain value
@@ -142,7 +211,7 @@ def begin_anew(plans: Mapping[str, Any], output: Path, *, overwrite: bool) -> No
             if not overwrite:
                 raise FileExistsError(
                     f"stage {name} was begun with another configuration (see {kept}): change it back, give another "
-                    "--output, or --overwrite to train it and all later stages anew"
+                    "--output, or --overwrite to run it and all later stages anew"
                 )
             changed = True
         if changed:
@@ -150,25 +219,29 @@ def begin_anew(plans: Mapping[str, Any], output: Path, *, overwrite: bool) -> No
 
 
 def train(name: str, stage: TrainingStage, folder: Path) -> None:
-    """Run ``fit`` in a process of its own, which ends with this one, from the last checkpoint where there is one.
-
-    Raises:
-        RuntimeError: If it fails.
-    """
+    """Run ``fit``, from the last checkpoint where there is one."""
     recipes = [
         word for path in (*stage.config, str(folder / "overrides.yaml")) for word in ("--config", path)
     ]
-    command = [sys.executable, "-m", "lightning_rlhf.cli.child", "fit", *recipes, *saving(stage, folder)]
+    command = ["fit", *recipes, *saving(stage, folder)]
     resume = last_checkpoint(folder / "checkpoints")
     if resume is not None:
         command += ["--ckpt_path", str(resume)]
     print(f"{name}: {'training' if resume is None else f'continuing from {resume}'}", flush=True)
-    code = subprocess.run(command, check=False).returncode
+    in_a_child(name, command, "The same command goes on from its last checkpoint")
+
+
+def in_a_child(name: str, command: Sequence[str], then: str) -> None:
+    """Run a command of the program in a process of its own, which ends with this one.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    code = subprocess.run(
+        [sys.executable, "-m", "lightning_rlhf.cli.child", *command], check=False
+    ).returncode
     if code:
-        raise RuntimeError(
-            f"stage {name} ended with exit code {code}; what it says is above. The same command goes on from its last "
-            "checkpoint"
-        )
+        raise RuntimeError(f"stage {name} ended with exit code {code}; what it says is above. {then}")
 
 
 def saving(stage: TrainingStage, folder: Path) -> list[str]:

@@ -49,7 +49,7 @@ class Stage:
 
     def training(self, seed: int) -> TrainingStage:
         """What the pipeline runs: seeded, and logging where the report looks."""
-        common = {
+        common: dict[str, Any] = {
             "seed_everything": seed,
             "trainer.logger.init_args.save_dir": f"${{output}}/{self.name}/run",
         }

@@ -1,5 +1,6 @@
 """A pipeline is what the commands fit and export would be given, stage after stage."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 from lightning_rlhf.cli import pipeline as pipeline_module
 from lightning_rlhf.cli.main import main
+from lightning_rlhf.cli.pipeline import LabellingStage
 from tests.cli.test_recipes import RECIPES, sandbox  # noqa: F401 - a fixture
 
 ROOT = RECIPES.parent
@@ -79,11 +81,89 @@ def test_stages_run_on_what_the_former_made_and_finished_ones_are_skipped(progra
     code, _, error = program("pipeline", "--config", "tiny.yaml")
     assert code == 1
     assert "stage sft was begun with another configuration" in error
-    assert "--overwrite to train it and all later stages anew" in error
+    assert "--overwrite to run it and all later stages anew" in error
     assert (tmp_path / "pipeline/ppo/model").is_dir()
     code, printed, error = program("pipeline", "--config", "tiny.yaml", "--overwrite")
     assert code == 0, error[-3000:]
     assert len(here) == 6
+
+
+@pytest.fixture
+def relabel(sandbox, tmp_path):  # noqa: F811
+    """Rounds of re-labelling, cut down to two steps and to one rollout a round, with few prompts."""
+    (tmp_path / "sandbox").symlink_to(sandbox)
+    (tmp_path / "recipes").symlink_to(RECIPES)
+    rows = [json.loads(line) for line in (sandbox / "preferences_train.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines[:6]))
+    settings = yaml.safe_load((RECIPES / "pipelines/relabel.yaml").read_text())
+    for name, stage in settings["stages"].items():
+        if "overrides" in stage:
+            stage["overrides"]["trainer.max_steps"] = 4 if name.startswith("ppo") else 2
+            stage["overrides"].pop("trainer.val_check_interval", None)
+            stage["overrides"].pop("data.init_args.val", None)
+    for name in ("ppo_1", "ppo_2"):
+        settings["stages"][name]["overrides"]["model.init_args.sampling.max_new_tokens"] = 4
+    (tmp_path / "judge.py").write_text(
+        "def size(completions):\n    return [len(text) for text in completions]\n"
+    )
+    judge = {"class_path": "FunctionReward", "init_args": {"function": "judge.py:size"}}
+    settings["stages"]["labels_2"]["label"] |= {"prompts": "prompts.jsonl", "judge": judge}
+    settings["stages"]["labels_2"]["label"]["sampling"]["max_new_tokens"] = 6
+    return settings
+
+
+def test_a_round_of_relabelling(program, relabel, here, tmp_path):
+    (tmp_path / "relabel.yaml").write_text(yaml.safe_dump(relabel, sort_keys=False))
+    code, printed, error = program("pipeline", "--config", "relabel.yaml")
+    assert code == 0, error[-3000:]
+    rows = [
+        json.loads(line) for line in (tmp_path / "relabel/labels_2/ranked.jsonl").read_text().splitlines()
+    ]
+    kept = len((tmp_path / "sandbox/preferences_train.jsonl").read_text().splitlines())
+    assert kept < len(rows) <= kept + 6
+    assert {len(row["completions"]) for row in rows[:kept]} == {2}
+    assert max(len(row["completions"]) for row in rows[kept:]) > 2
+    used = yaml.safe_load(next(tmp_path.glob("relabel/ppo_2/run/**/config.yaml")).read_text())["model"]
+    assert used["init_args"]["policy"]["path"] == "relabel/ppo_1/model"
+    assert used["init_args"]["reference"] == "relabel/sft/model"
+    assert used["init_args"]["reward"]["init_args"]["model"] == "relabel/reward_model_2/model"
+    code, printed, _ = program("pipeline", "--config", "relabel.yaml")
+    assert code == 0
+    assert printed.count("done already") == 6
+
+
+def test_a_pipeline_waits_for_people_and_goes_on(program, relabel, here, tmp_path):
+    del relabel["stages"]["labels_2"]["label"]["judge"]
+    del relabel["stages"]["labels_2"]["label"]["keep"]
+    labels = {
+        "policy": "${sft}",
+        **{k: v for k, v in relabel["stages"]["labels_2"]["label"].items() if k != "policy"},
+    }
+    relabel["stages"] = {
+        "sft": relabel["stages"]["sft"],
+        "labels_2": {"label": labels},
+        "reward_model_2": relabel["stages"]["reward_model_2"],
+    }
+    (tmp_path / "relabel.yaml").write_text(yaml.safe_dump(relabel, sort_keys=False))
+    file = tmp_path / "relabel/labels_2/ranked.jsonl"
+    for _ in range(2):
+        code, printed, error = program("pipeline", "--config", "relabel.yaml")
+        assert code == 0, error[-3000:]
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert f"{len(rows)} rows of relabel/labels_2/ranked.jsonl wait for people" in printed
+        assert not (tmp_path / "relabel/reward_model_2").exists()
+    for row in rows:
+        row["ranks"] = list(range(len(row["completions"])))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, error = program("pipeline", "--config", "relabel.yaml")
+    assert code == 0, error[-3000:]
+    assert (tmp_path / "relabel/reward_model_2/model").is_dir()
+
+
+def test_a_labelling_stage_writes_where_the_pipeline_says():
+    with pytest.raises(ValueError, match="label names an output"):
+        LabellingStage({"policy": "x", "output": "y"})
 
 
 def test_a_finished_training_is_exported_without_training_again(program, tiny, here, tmp_path):
