@@ -72,6 +72,9 @@ def held_out_prompts(trainer: L.Trainer, tokenizer: PreTrainedTokenizerBase, cou
         TypeError: If its batches hold neither prompts nor prompt groups.
     """
     loaders = trainer.val_dataloaders
+    datamodule: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+    if loaders is None and datamodule is not None:
+        loaders = datamodule.val_dataloader()  # a run may validate later, or not at all
     loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
     if not loader:
         raise ValueError(

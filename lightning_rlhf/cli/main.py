@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "export": "lightning_rlhf.cli.export:main",
     "doctor": "lightning_rlhf.cli.doctor:main",
     "pipeline": "lightning_rlhf.cli.pipeline:main",
+    "goodhart": "lightning_rlhf.cli.goodhart:main",
     "sandbox": "lightning_rlhf.cli.sandbox:main",
     "quickstart": "lightning_rlhf.cli.quickstart:main",
 }
@@ -40,6 +41,7 @@ beside it:
   label       rank samples of a policy by a judge, or for people to rank, as data for a reward model
   export      turn a checkpoint into an adapter or model directory for transformers, peft and vLLM
   pipeline    train several stages, such as SFT, reward model and PPO, each on what the former made
+  goodhart    an experiment on the sandbox: over-optimisation, with and without what is done against it
   sandbox     write the embedded task: data, tokenizer and a tiny model
   quickstart  train, align and measure a tiny model on the sandbox
 

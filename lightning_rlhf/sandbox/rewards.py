@@ -48,6 +48,7 @@ class AnnotatorReward(Reward):
         length_bias: See :class:`Annotator`.
         flattery_bias: See :class:`Annotator`.
         format_bias: See :class:`Annotator`.
+        noisy: Whether there is noise; without, it is what all annotators agree on, utility / temperature.
         name: What its values are logged under.
     """
 
@@ -58,10 +59,11 @@ class AnnotatorReward(Reward):
         length_bias: float = 0.02,
         flattery_bias: float = 0.4,
         format_bias: float = 0.2,
+        noisy: bool = True,
         name: str = "annotator",
     ) -> None:
         super().__init__(name)
-        self.draw = draw
+        self.draw, self.noisy = draw, noisy
         self.annotator = Annotator(
             World(seed), length_bias=length_bias, flattery_bias=flattery_bias, format_bias=format_bias
         )
@@ -72,7 +74,9 @@ class AnnotatorReward(Reward):
         return torch.tensor([self._value(str(prompt), text, truncated=cut) for prompt, text, cut in rows])
 
     def _value(self, prompt: str, text: str, *, truncated: bool) -> float:
+        value = self.annotator.utility(prompt, text, truncated=truncated) / self.annotator.temperature
+        if not self.noisy:
+            return value
         digest = hashlib.blake2b(f"{self.draw}:{prompt}:{text}".encode(), digest_size=8).digest()
         noise = -log(Random(int.from_bytes(digest, "big")).expovariate(1))
-        utility = self.annotator.utility(prompt, text, truncated=truncated)
-        return utility / self.annotator.temperature + noise
+        return value + noise

@@ -34,3 +34,12 @@ def test_an_annotator_wins_as_often_as_bradley_terry_says():
         assert won / 400 == pytest.approx(p, abs=4 * (p * (1 - p) / 400) ** 0.5 + 1e-9)
     again = score(reward, samples).total
     assert again.tolist() == score(reward, samples).total.tolist()
+
+
+def test_without_noise_it_is_the_utility():
+    pairs = World(0).pairs(5)
+    reward = AnnotatorReward(0, noisy=False)
+    found = score(reward, samples_of(pairs)).total.tolist()
+    annotator = reward.annotator
+    expected = [annotator.utility(p, text) / annotator.temperature for p, *texts in pairs for text in texts]
+    assert found == pytest.approx(expected, rel=1e-6)

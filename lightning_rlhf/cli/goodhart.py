@@ -1,0 +1,214 @@
+"""lightning-rlhf goodhart: over-optimisation on the sandbox, with and without what is done against it."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_rlhf.cli.goodhart_report import Run, draw, markdown, outcome, read_run
+from lightning_rlhf.cli.pipeline import Plain, Stage, TrainingStage, pipeline
+from lightning_rlhf.cli.plain import run_function
+from lightning_rlhf.models.export import written_whole
+from lightning_rlhf.sandbox.annotator import Annotator
+from lightning_rlhf.sandbox.create import create_sandbox
+from lightning_rlhf.sandbox.world import World
+
+UNBIASED = "unbiased_train.jsonl"
+PLACEHOLDER = re.compile(r"\$\{(seed|coef)\}")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of every seed's sandbox.
+
+    Attributes:
+        num_demonstrations: Rows to train SFT on.
+        num_pairs: Pairs that annotators compared, and as many that unbiased ones did.
+        num_layers: Of the model.
+    """
+
+    num_demonstrations: int = 20_000
+    num_pairs: int = 3_400
+    num_layers: int = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train the policy.
+
+    Attributes:
+        overrides: Stacked on the experiment's ``run``.
+        coefs: KL coefficients, instead of the experiment's.
+    """
+
+    overrides: dict[str, Plain] = field(default_factory=dict)
+    coefs: list[float] | None = None
+
+
+def goodhart(
+    output: Path,
+    seeds: list[int],
+    coefs: list[float],
+    stages: dict[str, Stage],
+    run: TrainingStage,
+    settings: dict[str, Setting],
+    sizes: Sizes = Sizes(),  # noqa: B008 - frozen
+    jobs: int = 1,
+) -> None:
+    """Train policies on the sandbox at several KL coefficients, in several settings, and draw what comes of it.
+
+    Every seed has a sandbox and models of its own. Finished stages are skipped, interrupted ones go on, when the same
+    command is given again.
+
+    Args:
+        output: The folder to make: a folder a seed, which is a pipeline's, and report/ with table.md, table.json and
+            goodhart.png.
+        seeds: Of world, models and trainings.
+        coefs: KL coefficients.
+        stages: What every seed needs first, as in a pipeline: SFT, reward models.
+        run: The training of a policy, with a GoodhartMonitor; what it makes does not matter, what is measured does.
+        settings: By name, in the order of the table.
+        sizes: Of the sandboxes.
+        jobs: Seeds at a time, each with its share of the processor.
+    """
+    if not seeds or not settings:
+        raise ValueError("give at least one of seeds and of settings")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with ThreadPoolExecutor(jobs) as pool:
+        several = list(
+            pool.map(
+                lambda seed: runs_of(seed, coefs, stages, run, settings, sizes, output / f"seed_{seed}"),
+                seeds,
+            )
+        )
+    runs = [one for setting in settings for found in several for one in found if one.setting == setting]
+    runs.sort(key=lambda one: (list(settings).index(one.setting), one.coef, one.seed))
+    with written_whole(output / "report", overwrite=True) as folder:
+        write(runs, folder)
+    print(f"wrote {output / 'report'}\n\n{markdown(runs)}")
+
+
+def runs_of(
+    seed: int,
+    coefs: list[float],
+    stages: Mapping[str, Stage],
+    run: TrainingStage,
+    settings: Mapping[str, Setting],
+    sizes: Sizes,
+    output: Path,
+) -> list[Run]:
+    """Train all of a seed, or what is left of it, and read what its monitors wrote."""
+    if not (output / "sandbox").is_dir():
+        with written_whole(output / "sandbox") as folder:
+            write_sandbox(folder, seed, sizes)
+    planned = {
+        stage_name(setting, place): (setting, coef, run_stage(run, settings[setting], seed, coef))
+        for setting in settings
+        for place, coef in enumerate(coefs_of(settings[setting], coefs))
+    }
+    seeded = {name: seeded_stage(stage, seed) for name, stage in stages.items()}
+    pipeline({**seeded, **{name: stage for name, (_, _, stage) in planned.items()}}, output)
+    return [
+        read_run(setting, coef, seed, evaluations(output / name))
+        for name, (setting, coef, _) in planned.items()
+    ]
+
+
+def write_sandbox(folder: Path, seed: int, sizes: Sizes) -> None:
+    """A sandbox, and beside it pairs that annotators without a bias compared."""
+    create_sandbox(
+        folder,
+        seed=seed,
+        num_demonstrations=sizes.num_demonstrations,
+        num_pairs=sizes.num_pairs,
+        num_layers=sizes.num_layers,
+    )
+    world = World(seed)
+    unbiased = Annotator(world, length_bias=0.0, flattery_bias=0.0, format_bias=0.0)
+    rows = world.preferences(sizes.num_pairs, unbiased)
+    (folder / UNBIASED).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def coefs_of(setting: Setting, coefs: list[float]) -> list[float]:
+    """A setting's own coefficients, or the experiment's."""
+    return coefs if setting.coefs is None else setting.coefs
+
+
+def stage_name(setting: str, place: int) -> str:
+    """A name that can be a folder.
+
+    Example:
+        >>> stage_name("worst of four", 1)
+        'worst_of_four_1'
+    """
+    return f"{re.sub(r'[^0-9A-Za-z]+', '_', setting).strip('_')}_{place}"
+
+
+def run_stage(run: TrainingStage, setting: Setting, seed: int, coef: float) -> TrainingStage:
+    """The training of a policy in one setting."""
+    overrides = {**run.overrides, **setting.overrides}
+    return replace(run, overrides=known(overrides, {"seed": seed, "coef": coef}))
+
+
+def seeded_stage(stage: Stage, seed: int) -> Stage:
+    """A stage in which ``${seed}`` is known."""
+    if isinstance(stage, TrainingStage):
+        return replace(stage, overrides=known(stage.overrides, {"seed": seed}))
+    return replace(stage, label=known(stage.label, {"seed": seed}))
+
+
+def known(value: Any, numbers: Mapping[str, float]) -> Any:  # noqa: ANN401 - any plain value
+    """Values with ``${seed}`` and ``${coef}`` replaced; other placeholders are left to the pipeline.
+
+    Example:
+        >>> known({"seed": "${seed}", "path": "${sft}", "name": ["run ${seed}"]}, {"seed": 3})
+        {'seed': 3, 'path': '${sft}', 'name': ['run 3']}
+    """
+    if isinstance(value, Mapping):
+        return {key: known(item, numbers) for key, item in value.items()}
+    if isinstance(value, list):
+        return [known(item, numbers) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = PLACEHOLDER.fullmatch(value)
+    if whole and whole[1] in numbers:
+        return numbers[whole[1]]
+    return PLACEHOLDER.sub(lambda found: str(numbers.get(found[1], found[0])), value)
+
+
+def evaluations(folder: Path) -> Path:
+    """What the monitor of a stage wrote; of an interrupted one the last, which has all.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    found = sorted(folder.glob("run/**/goodhart/evaluations.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{folder} has no goodhart/evaluations.json: `run` needs a GoodhartMonitor")
+    return found[-1]
+
+
+def write(runs: list[Run], folder: Path) -> None:
+    """The table, its numbers and the picture."""
+    (folder / "table.md").write_text(markdown(runs))
+    rows = [
+        {"setting": one.setting, "coef": one.coef, "seed": one.seed, **finite(outcome(one)._asdict())}
+        for one in runs
+    ]
+    (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(runs).savefig(folder / "goodhart.png", dpi=130)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers that JSON has; None for infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def main(arguments: list[str]) -> None:
+    """Run :func:`goodhart` with arguments of the command line."""
+    run_function(goodhart, arguments)

@@ -1,0 +1,73 @@
+"""The experiment of recipes/experiments/goodhart.yaml, cut down to a few steps, in this process."""
+
+import json
+
+import pytest
+import yaml
+
+from lightning_rlhf.cli.goodhart import known, stage_name
+from tests.cli.test_pipeline import here  # noqa: F401 - a fixture
+from tests.cli.test_recipes import RECIPES
+
+ROOT = RECIPES.parent
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Two settings of one seed, two rollouts each."""
+    (tmp_path / "lightning_rlhf").symlink_to(ROOT / "lightning_rlhf")
+    settings = yaml.safe_load((RECIPES / "experiments/goodhart.yaml").read_text())
+    settings |= {"seeds": [3], "coefs": [0.0], "jobs": 1}
+    settings["sizes"] = {"num_demonstrations": 64, "num_pairs": 32, "num_layers": 1}
+    for stage in settings["stages"].values():
+        stage["overrides"] |= {"trainer.max_epochs": 1}
+    run = settings["run"]["overrides"]
+    run |= {
+        "data.init_args.batch_size": 4,
+        "model.init_args.sampling.max_new_tokens": 12,
+        "trainer.max_steps": 4,
+    }
+    # What so young a model writes is all malformed: gold would not vary.
+    (tmp_path / "golden.py").write_text(
+        "def size(completions):\n    return [len(text) for text in completions]\n"
+    )
+    gold = {"class_path": "FunctionReward", "init_args": {"function": "golden.py:size"}}
+    watch = {"every_n_steps": 2, "num_prompts": 8, "max_new_tokens": 12, "gold": gold}
+    run["trainer.callbacks"][0]["init_args"] |= watch
+    kept = settings["settings"]
+    settings["settings"] = {"plain": {"coefs": [0.0, 0.1]}, "worst of four": kept["worst of four"]}
+    settings["stages"].pop("unbiased")
+    settings["stages"].pop("odin")
+    (tmp_path / "goodhart.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return tmp_path / "goodhart"
+
+
+def test_runs_are_trained_measured_and_drawn(program, experiment, here):  # noqa: F811
+    code, printed, error = program("goodhart", "--config", "goodhart.yaml")
+    assert code == 0, error[-3000:]
+    rows = json.loads((experiment / "report/table.json").read_text())
+    assert [(row["setting"], row["coef"]) for row in rows] == [
+        ("plain", 0.0),
+        ("plain", 0.1),
+        ("worst of four", 0.0),
+    ]
+    assert all(row["end_kl"] > 0 for row in rows)
+    assert "| worst of four | 0 | 1 |" in printed
+    assert (experiment / "report/goodhart.png").read_bytes().startswith(b"\x89PNG")
+    used = yaml.safe_load(next(experiment.glob("seed_3/worst_of_four_0/run/**/config.yaml")).read_text())
+    assert used["seed_everything"] == used["model"]["init_args"]["seed"] == 3
+    assert used["model"]["init_args"]["reward"]["init_args"]["members"][3].endswith("ensemble/model/member_3")
+    trained = len(here)
+    assert program("goodhart", "--config", "goodhart.yaml")[0] == 0
+    assert len(here) == trained  # everything was finished
+
+
+def test_placeholders_and_names():
+    overrides = {"kl": "${coef}", "path": "${sft}", "text": "seed ${seed}", "list": ["${seed}"]}
+    assert known(overrides, {"seed": 3, "coef": 0.1}) == {
+        "kl": 0.1,
+        "path": "${sft}",
+        "text": "seed 3",
+        "list": [3],
+    }
+    assert stage_name("annotators' utility", 0) == "annotators_utility_0"
