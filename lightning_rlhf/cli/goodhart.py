@@ -1,7 +1,6 @@
 """lightning-rlhf goodhart: over-optimisation on the sandbox, with and without what is done against it."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_rlhf.callbacks.goodhart import finite
 from lightning_rlhf.cli.goodhart_report import Run, draw, markdown, outcome, read_run
 from lightning_rlhf.cli.pipeline import Plain, Stage, TrainingStage, pipeline
 from lightning_rlhf.cli.plain import run_function
@@ -197,16 +197,12 @@ def write(runs: list[Run], folder: Path) -> None:
     """The table, its numbers and the picture."""
     (folder / "table.md").write_text(markdown(runs))
     rows = [
-        {"setting": one.setting, "coef": one.coef, "seed": one.seed, **finite(outcome(one)._asdict())}
+        {"setting": one.setting, "coef": one.coef, "seed": one.seed}
+        | {name: finite(value) for name, value in outcome(one)._asdict().items()}
         for one in runs
     ]
     (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(runs).savefig(folder / "goodhart.png", dpi=130)
-
-
-def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers that JSON has; None for infinity."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def main(arguments: list[str]) -> None:
