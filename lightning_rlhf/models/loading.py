@@ -72,7 +72,7 @@ def load_language_model(policy: Policy) -> LanguageModel:
     trains_adapter = adapter is not None or policy.lora is not None
     base = load_base(
         base_path(policy.path),
-        dtype=_dtype(policy.dtype, trains_adapter),
+        dtype=weights_dtype(policy, trains_adapter=trains_adapter),
         quantization=policy.quantization,
         trust_remote_code=policy.trust_remote_code,
     )
@@ -244,10 +244,17 @@ def model_config(policy: Policy) -> Any:  # noqa: ANN401 - every architecture ha
     return AutoConfig.from_pretrained(base_path(policy.path), trust_remote_code=policy.trust_remote_code)
 
 
-def _dtype(name: str, trains_adapter: bool) -> torch.dtype | str:
-    if name == "auto":
+def weights_dtype(policy: Policy, *, trains_adapter: bool) -> torch.dtype | str:
+    """The dtype to load a policy's weights in; ``auto`` is the checkpoint's own.
+
+    Example:
+        >>> weights_dtype(Policy("a/model"), trains_adapter=False)
+        torch.float32
+    """
+    if policy.dtype == "auto":
         return "auto" if trains_adapter else torch.float32
-    return getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, policy.dtype)
+    return dtype
 
 
 def _not_found(what: str, path: str) -> FileNotFoundError:
