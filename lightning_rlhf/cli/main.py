@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "best-of-n": "lightning_rlhf.cli.best_of_n:main",
     "export": "lightning_rlhf.cli.export:main",
     "doctor": "lightning_rlhf.cli.doctor:main",
+    "memory": "lightning_rlhf.cli.memory:main",
     "pipeline": "lightning_rlhf.cli.pipeline:main",
     "sandbox": "lightning_rlhf.cli.sandbox:main",
     "quickstart": "lightning_rlhf.cli.quickstart:main",
@@ -34,6 +35,7 @@ training, configured by YAML files that can be stacked and by flags that overrid
 
 beside it:
   doctor      show, before a long run, what will happen
+  memory      predict what a training takes in memory, whether it fits, and what would make it fit
   generate    sample completions of prompts
   best-of-n   keep the best of n samples a prompt by a reward, as data for SFT
   export      turn a checkpoint into an adapter or model directory for transformers, peft and vLLM

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -99,9 +100,10 @@ class RLHFCLI(LightningCLI):
     Args:
         arguments: What follows the program's name; a trainer method first where ``run``.
         run: Run that method; else only build trainer, module and datamodule.
+        command: The program's command that builds them.
     """
 
-    def __init__(self, arguments: list[str], *, run: bool = True) -> None:
+    def __init__(self, arguments: list[str], *, run: bool = True, command: str = "doctor") -> None:
         # It warns where it is given arguments while sys.argv holds some. Here they are the same, and have to stay in
         # sys.argv, by which Lightning starts the other processes of a distributed run.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -113,7 +115,7 @@ class RLHFCLI(LightningCLI):
             trainer_defaults={"callbacks": [ExactResume(), PredictionWriter()]},
             seed_everything_default=0,
             parser_class=ConfigParser,
-            parser_kwargs={"prog": "lightning-rlhf"} if run else {"prog": "lightning-rlhf doctor"},
+            parser_kwargs={"prog": "lightning-rlhf"} if run else {"prog": f"lightning-rlhf {command}"},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=arguments,
@@ -158,8 +160,17 @@ def _trainer_command(name: str, arguments: list[str]) -> None:
 
 
 def fit(arguments: list[str]) -> None:
-    """Train."""
-    _trainer_command("fit", arguments)
+    """Train.
+
+    Raises:
+        DoesNotFitError: Where the GPU's memory is not enough, with what the training needs and what would help.
+    """
+    try:
+        _trainer_command("fit", arguments)
+    except torch.OutOfMemoryError as error:
+        from lightning_rlhf.cli.memory import does_not_fit
+
+        raise does_not_fit(error, arguments) from error
 
 
 def validate(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,9 +29,15 @@ MIN_8BIT, MIN_PAGED, BLOCK_8BIT = 4_096, 100_000, 256
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that were alive at a time, by what they were for."""
+    """The most bytes that were alive at a time.
+
+    Attributes:
+        parts: What they were for.
+        most: The most that each part had, at times of their own.
+    """
 
     parts: Mapping[str, int]
+    most: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -66,10 +72,17 @@ class MemoryLedger(TorchDispatchMode):
         super().__init__()
         self.vocab_size = vocab_size
         self.live: Counter[str] = Counter()
-        self.peak = Peak({})
+        self.most: Counter[str] = Counter()
+        self._total = self._peak_total = 0
+        self._peak: dict[str, int] = {}
         # What libraries keep as constants has data, and may be computed with.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._known: dict[int, tuple[weakref.ref[Any], str]] = {}
+
+    @property
+    def peak(self) -> Peak:
+        """The most there was at a time since :meth:`reset_peak`."""
+        return Peak({name: size for name, size in self._peak.items() if size}, dict(self.most))
 
     @contextmanager
     def fake(self) -> Iterator[None]:
@@ -102,20 +115,20 @@ class MemoryLedger(TorchDispatchMode):
         if key in self._known:
             return
         is_logits = self.vocab_size > 0 and tensor.ndim >= 2 and tensor.shape[-1] == self.vocab_size
-        self._known[key] = (weakref.ref(storage, partial(self._forget, key, size)), "")
-        self._book(key, size, LOGITS if is_logits else ACTIVATIONS)
-        if self.live.total() > self.peak.total:
-            self.reset_peak()
+        category = LOGITS if is_logits else ACTIVATIONS
+        self._known[key] = (weakref.ref(storage, partial(self._forget, key, size)), category)
+        self.book(category, size)
 
-    def _book(self, key: int, size: int, category: str) -> None:
-        reference, before = self._known[key]
-        self._known[key] = (reference, category)
+    def book(self, category: str, size: int) -> None:
+        """Add bytes that are there until the end, or take some away."""
         self.live[category] += size
-        if before:
-            self.live[before] -= size
+        self.most[category] = max(self.most[category], self.live[category])
+        self._total += size
+        if self._total > self._peak_total:
+            self._peak_total, self._peak = self._total, dict(self.live)
 
     def _forget(self, key: int, size: int, _: object) -> None:
-        self.live[self._known.pop(key)[1]] -= size
+        self.book(self._known.pop(key)[1], -size)
 
     def hold(self, module: nn.Module, category_of: Callable[[str], str]) -> None:
         """Give the parameters and buffers of a module on the meta device storages, and book them.
@@ -140,8 +153,11 @@ class MemoryLedger(TorchDispatchMode):
         """Say what tensors that are alive are for; those in a category other than the two defaults keep it."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if self._known.get(id(storage), (None, category))[1] in (ACTIVATIONS, LOGITS):
-                self._book(id(storage), storage.nbytes(), category)
+            reference, before = self._known.get(id(storage), (None, category))
+            if reference is not None and before in (ACTIVATIONS, LOGITS):
+                self._known[id(storage)] = (reference, category)
+                self.book(before, -storage.nbytes())
+                self.book(category, storage.nbytes())
 
     def watch_gradients(self, module: nn.Module) -> None:
         """Book the gradients of a module's parameters as such, as soon as they are there."""
@@ -156,7 +172,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Let the peak be what is alive now."""
-        self.peak = Peak({name: size for name, size in self.live.items() if size})
+        self._peak_total, self._peak, self.most = self._total, dict(self.live), Counter(self.live)
 
     def without_data(self, batch: PackedBatch) -> PackedBatch:
         """A batch of the same shapes."""

@@ -1,0 +1,65 @@
+"""One training in a process of its own: the most memory it takes over what the imports took.
+
+``python -m tests.benchmarks.memory_worker WARM_UP ARGUMENTS``, both JSON lists of arguments of ``fit``; prints MiB.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_rlhf.cli.training import RLHFCLI
+from tests.benchmarks.worker import _reset_peak, peak, resident
+
+
+class Peak(Callback):
+    """Begins to count with the first batch: not what loading takes besides."""
+
+    def __init__(self):
+        self.found = 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            collect()
+            _reset_peak()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.found = peak()
+
+
+class MeasuredCLI(RLHFCLI):
+    """``fit``, measured."""
+
+    def __init__(self, arguments):
+        self.peak = Peak()
+        super().__init__(["fit", *arguments])
+
+    def instantiate_trainer(self, **settings):
+        self.save_config_callback = None
+        return super().instantiate_trainer(**settings)
+
+    def before_fit(self):
+        self.trainer.callbacks.append(self.peak)
+
+
+def collect():
+    """Give back what is not used."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def main(warm_up, arguments):
+    """The peak of a training in MiB, over what was resident after one of a tiny model."""
+    MeasuredCLI(warm_up)
+    collect()
+    before = resident()
+    L.seed_everything(0)
+    return MeasuredCLI(arguments).peak.found - before
+
+
+if __name__ == "__main__":
+    found = main(*(json.loads(words) for words in sys.argv[1:]))
+    print(f"\npeak {found:.1f}")
