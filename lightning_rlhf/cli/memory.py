@@ -22,7 +22,14 @@ RESERVE = GIB
 """Assumed, not measured: a CUDA context with its libraries and what the allocator keeps besides; on a CPU, Python."""
 GPUS: Mapping[str, int] = {
     **{"RTX 3060": 12, "RTX 3080": 10, "RTX 3090": 24, "RTX 4060 Ti": 16, "RTX 4070": 12, "RTX 4080": 16},
-    **{"RTX 4090": 24, "RTX 5080": 16, "RTX 5090": 32, "RTX 6000 Ada": 48, "RTX A6000": 48, "RTX PRO 6000": 96},
+    **{
+        "RTX 4090": 24,
+        "RTX 5080": 16,
+        "RTX 5090": 32,
+        "RTX 6000 Ada": 48,
+        "RTX A6000": 48,
+        "RTX PRO 6000": 96,
+    },
     **{"T4": 16, "V100": 32, "A10": 24, "L4": 24, "L40S": 48, "A100 40GB": 40, "A100 80GB": 80, "H100": 80},
     **{"H200": 141, "B200": 180},
 }
@@ -50,7 +57,7 @@ class MemoryCLI(RLHFCLI):
             "completions": (int, "Completions of a prompt, of rankings for a reward model; by default 2."),
         }
         for name, (kind, text) in texts.items():
-            parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)  # type: ignore[operator]
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
@@ -92,7 +99,9 @@ def device_of(gpu: str | None, gib: float | None, accelerator: str) -> Device:
         known = {name.lower(): name for name in GPUS}
         if gpu.lower() not in known:
             close = [known[name] for name in get_close_matches(gpu.lower(), known, n=3)] or list(GPUS)
-            raise ValueError(f"no GPU {gpu!r} is known (near it: {', '.join(close)}): give its memory by --gib")
+            raise ValueError(
+                f"no GPU {gpu!r} is known (near it: {', '.join(close)}): give its memory by --gib"
+            )
         name = known[gpu.lower()]
         return Device(name, GPUS[name] * GIB)
     if torch.cuda.is_available() and accelerator not in ("cpu", "mps"):
@@ -136,7 +145,9 @@ def verdict(found: Forecast, device: Device) -> str:
     """Whether it fits."""
     needed = found.total + RESERVE
     how = "fits into" if needed <= device.memory else "does not fit into"
-    paged = f"; {found.paged / GIB:,.2f} GiB of the optimizer are paged, in host memory" if found.paged else ""
+    paged = (
+        f"; {found.paged / GIB:,.2f} GiB of the optimizer are paged, in host memory" if found.paged else ""
+    )
     return (
         f"{needed / GIB:,.1f} GiB, {RESERVE / GIB:,.1f} of them assumed for context and libraries: {how} the "
         f"{device.memory / GIB:,.1f} GiB of {device.name}{paged}"

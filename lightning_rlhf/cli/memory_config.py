@@ -23,12 +23,7 @@ ALGORITHMS: dict[AlgorithmName, type] = {
     "PPO": PPO,
     "OnlineDPO": OnlineDPO,
 }
-PRECISIONS = {
-    None: "32-true",
-    **{name: "32-true" for name in (32, "32")},
-    **{name: "16-mixed" for name in (16, "16")},
-    "bf16": "bf16-mixed",
-}
+PRECISIONS = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 DEFAULT_LENGTH, PAIR = 1024, 2
 
 
@@ -67,17 +62,20 @@ def training_of(config: Config, sizes: Sizes) -> Training:
             f"{config['data']['class_path']} has no batch_size: how large a batch is has to be known; use one of this "
             "package's datamodules, or a subclass"
         )
-    sampling = Sampling(**(model.get("sampling") or ({"num_samples": PAIR} if algorithm == "OnlineDPO" else {})))
+    sampling = Sampling(
+        **(model.get("sampling") or ({"num_samples": PAIR} if algorithm == "OnlineDPO" else {}))
+    )
     prompt, completion = _lengths(data, sizes, sampling if algorithm in ("PPO", "OnlineDPO") else None)
     completions, learned = _completions(algorithm, data, sizes)
     groups = data["batch_size"]
     if data.get("max_tokens") is not None:
         groups = max(1, data["max_tokens"] // (prompt + completions * completion))
     update = model.get("update") or {}
+    precision = str(config["trainer"].get("precision"))
     return Training(
         algorithm=algorithm,
         policy=Policy.from_config(model["policy"]),
-        precision=str(PRECISIONS.get(config["trainer"].get("precision"), config["trainer"].get("precision"))),
+        precision=PRECISIONS.get(precision, precision),
         optimizer=(model.get("optimization") or {}).get("name", "adamw"),
         groups=groups,
         prompt=prompt,
@@ -124,7 +122,9 @@ def _algorithm(model: Config) -> AlgorithmName:
     for name, base in ALGORITHMS.items():
         if issubclass(cls, base):
             return name
-    raise ValueError(f"memory knows {', '.join(ALGORITHMS)} and subclasses of them, not {model['class_path']}")
+    raise ValueError(
+        f"memory knows {', '.join(ALGORITHMS)} and subclasses of them, not {model['class_path']}"
+    )
 
 
 def _lengths(data: Config, sizes: Sizes, sampling: Sampling | None) -> tuple[int, int]:

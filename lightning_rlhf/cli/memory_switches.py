@@ -92,7 +92,7 @@ def changed_by(config: Config, flags: Mapping[str, Any]) -> Config:
 
 
 def _arguments(config: Any) -> Any:  # noqa: ANN401 - a class with arguments, or the arguments
-    return config["init_args"] if "init_args" in config else config
+    return config.get("init_args", config)
 
 
 # --- switches, cheapest first -------------------------------------------------------------------------------------
@@ -113,7 +113,9 @@ def _smaller(config: Config, training: Training, worst: str) -> Switch | None:
         return _halved("model.reward.batch_size", min(size, training.groups), "time") if single else None
     is_update = worst == "forward and backward"
     if worst == "generation" or (training.algorithm == "OnlineDPO" and not is_update):
-        return _halved("model.sampling.batch_size", min(training.sampling.batch_size, training.groups), "time")
+        return _halved(
+            "model.sampling.batch_size", min(training.sampling.batch_size, training.groups), "time"
+        )
     if training.algorithm == "PPO":
         return _halved("model.update.micro_batch_size", training.completions_a_forward, "time; same result")
     data, trainer = prompts_of(config["data"]), config["trainer"]
@@ -141,7 +143,9 @@ def _checkpointing(config: Config, training: Training, worst: str) -> Switch | N
 def _optimizer(config: Config, training: Training, worst: str) -> Switch | None:
     if training.optimizer.endswith("8bit") or training.optimizer == "sgd":
         return None
-    return Switch({"model.optimization.name": "paged_adamw_8bit"}, "moments in 8 bits; paged where it must be")
+    return Switch(
+        {"model.optimization.name": "paged_adamw_8bit"}, "moments in 8 bits; paged where it must be"
+    )
 
 
 def _critic(config: Config, training: Training, worst: str) -> Switch | None:
@@ -149,7 +153,9 @@ def _critic(config: Config, training: Training, worst: str) -> Switch | None:
     if not training.has_critic or not has_own:
         return None
     kind = "adapter" if _trains_adapter(training) else "head"
-    return Switch({"model.critic": kind}, "the critic shares the policy's base" + (", and trunk" * (kind == "head")))
+    return Switch(
+        {"model.critic": kind}, "the critic shares the policy's base" + (", and trunk" * (kind == "head"))
+    )
 
 
 def _precision(config: Config, training: Training, worst: str) -> Switch | None:
@@ -162,7 +168,9 @@ def _precision(config: Config, training: Training, worst: str) -> Switch | None:
 def _lora(config: Config, training: Training, worst: str) -> Switch | None:
     if _trains_adapter(training):
         return None
-    return Switch({"model.policy.lora.r": LoRA.r}, "an adapter is trained, not the weights; raise the learning rate")
+    return Switch(
+        {"model.policy.lora.r": LoRA.r}, "an adapter is trained, not the weights; raise the learning rate"
+    )
 
 
 def _four_bits(config: Config, training: Training, worst: str) -> Switch | None:

@@ -147,7 +147,7 @@ class MemoryLedger(TorchDispatchMode):
                         made[id(tensor)] = _with_storage(tensor)
                         self.mark(_parts(made[id(tensor)]), category_of(f"{path}.{name}"))
                     where = part._parameters if name in part._parameters else part._buffers
-                    where[name] = made[id(tensor)]  # type: ignore[index]
+                    where[name] = made[id(tensor)]
 
     def mark(self, tensors: Iterable[Tensor], category: str) -> None:
         """Say what tensors that are alive are for; those in a category other than the two defaults keep it."""
@@ -186,13 +186,18 @@ def _with_storage(tensor: Tensor) -> Tensor:
     made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     if hasattr(tensor, "quant_type"):
         return _packed(made, tensor)
-    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return (
+        nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    )
 
 
 def _in_8_bits(shape: torch.Size) -> Tensor:
     weight: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
-    weight.CB, weight.SCB = weight.data, torch.empty(shape[0])  # the layer takes them over in its first forward
-    return weight  # type: ignore[no-any-return]
+    weight.CB, weight.SCB = (
+        weight.data,
+        torch.empty(shape[0]),
+    )  # the layer takes them over in its first forward
+    return weight
 
 
 def _packed(weight: Tensor, settings: Any) -> Tensor:  # noqa: ANN401 - bitsandbytes is not typed
@@ -207,7 +212,7 @@ def _packed(weight: Tensor, settings: Any) -> Tensor:  # noqa: ANN401 - bitsandb
     )
     parameter: Any = nn.Parameter(packed, requires_grad=False)
     parameter.quant_state = state
-    return parameter  # type: ignore[no-any-return]
+    return parameter
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

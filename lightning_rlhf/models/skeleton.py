@@ -53,7 +53,7 @@ def skeleton(policy: Policy) -> LanguageModel:
         settings = trainable_settings(policy.path)
     if settings is not None:
         with torch.device("meta"):
-            wrapped = get_peft_model(base, settings, adapter_name=POLICY_ADAPTER)  # type: ignore[assignment]
+            wrapped = get_peft_model(base, settings, adapter_name=POLICY_ADAPTER)
     # Outside: the probe of the layout computes on a shrunk copy.
     model = LanguageModel(wrapped, layout=policy.layout)
     if policy.gradient_checkpointing:
@@ -65,8 +65,8 @@ def _quantize(model: PreTrainedModel, quantization: Quantization) -> None:
     """As Transformers does while it loads: all linear layers but the head."""
     from bitsandbytes import functional
 
-    # Made now, with data, the table that it keeps for all that are to come.
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    with torch.device("cpu"):  # made now, with data: a table that it keeps for all layers to come
+        functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     replace_with_bnb_linear(
         model,
         modules_to_not_convert=get_keys_to_not_convert(model),

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_rlhf.cli.training import RLHFCLI
-from tests.benchmarks.worker import _reset_peak, peak, resident
+from tests.benchmarks.worker import peak, reset_peak, resident
 
 
 class Peak(Callback):
@@ -24,7 +24,7 @@ class Peak(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 0:
             collect()
-            _reset_peak()
+            reset_peak()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.found = peak()

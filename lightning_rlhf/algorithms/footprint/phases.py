@@ -120,7 +120,7 @@ class Step:
         if not training.accumulates and training.algorithm != "PPO":
             for parameter in self._trained():
                 parameter.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for parameter in self._trained():
             parameter.grad = None
 
@@ -181,6 +181,7 @@ class Step:
         policy.eval()
         with self._autocast():
             cache = self._prefill(prompts, each)
+            self.roles.ledger.mark(_tensors(cache), KV_CACHE)
             width = _grow(cache, training.completion - 1)
             self.roles.ledger.mark(_tensors(cache), KV_CACHE)
             self._decode(cache, torch.zeros(prompts * each, 1, dtype=torch.long), width + 1)
@@ -207,18 +208,18 @@ class Step:
 
 def _grow(cache: DynamicCache, count: int) -> int:
     """Let a cache hold so many tokens more; returns how many it holds then."""
-    width = 0
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer and layer.keys is not None:
-            shape = (*layer.keys.shape[:2], count, layer.keys.shape[3])
-            layer.keys = torch.cat([layer.keys, layer.keys.new_empty(shape)], dim=2)
-            layer.values = torch.cat([layer.values, layer.values.new_empty(shape)], dim=2)
-            width = layer.keys.shape[2]
-    return width or cache.get_seq_length()
+    for layer, keys, values in _entries(cache):
+        shape = (*keys.shape[:2], count, keys.shape[3])
+        layer.keys = torch.cat([keys, keys.new_empty(shape)], dim=2)
+        layer.values = torch.cat([values, values.new_empty(shape)], dim=2)
+    return cache.get_seq_length()
 
 
-def _tensors(cache: DynamicCache) -> Iterator[Tensor]:
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer) and layer.keys is not None:
-            yield layer.keys
-            yield layer.values
+def _tensors(cache: DynamicCache) -> list[Tensor]:
+    return [tensor for _, *pair in _entries(cache) for tensor in pair]
+
+
+def _entries(cache: DynamicCache) -> list[tuple[Any, Tensor, Tensor]]:
+    """Layers that keep all keys and values, with theirs; one with a window keeps as many as it does anyway."""
+    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    return [(x, x.keys, x.values) for x in layers if x.keys is not None and x.values is not None]

@@ -114,9 +114,7 @@ def _category(module: str, path: str) -> str:
 
 
 def _reference(policy: LanguageModel, training: Training) -> tuple[LanguageModel, str | None]:
-    """As :class:`~lightning_rlhf.models.Reference` chooses it, but from settings: an adapter on the meta device is
-    neither fresh nor not.
-    """
+    """As :class:`~lightning_rlhf.models.Reference` chooses it, but by settings: there are no weights to look at."""
     if training.reference is not None:
         return skeleton(training.reference).requires_grad_(False), None
     if not isinstance(policy.model, PeftModel):
@@ -144,7 +142,9 @@ def _member(policy: LanguageModel, settings: Policy, index: int) -> Scorer:
 def _scorer(policy: LanguageModel, role: RewardRole, index: int) -> Scorer:
     if role.share_base:
         if not isinstance(policy.model, PeftModel):
-            raise ValueError("share_base: a reward adapter shares the base of a policy with LoRA, and it has none")
+            raise ValueError(
+                "share_base: a reward adapter shares the base of a policy with LoRA, and it has none"
+            )
         name = f"reward_{index}"
         given = adapter_config(role.policy.path) is not None
         config = trainable_settings(role.policy.path) if given else policy.model.peft_config[POLICY_ADAPTER]
