@@ -33,6 +33,7 @@ def forecast(training: Training) -> Forecast:
     Raises:
         OSError: If there is no model's configuration at a path.
         ValueError: If the settings contradict each other.
+        NotImplementedError: If the model does something that depends on data.
     """
     step = Step(training, build(training))
     phases = tuple(step.measure(name, compute) for name, compute in step.phases())
@@ -70,8 +71,15 @@ class Step:
         if self.training.algorithm != "PPO":
             self._hold_gradients()
         ledger.reset_peak()
-        with ledger.fake():
-            compute()
+        try:
+            with ledger.fake():
+                compute()
+        except RuntimeError as error:  # also what asks for data: a choice of experts, a length
+            model = type(self.roles.policy.causal_lm).__name__
+            raise NotImplementedError(
+                f"{model} in {self.training.precision} cannot be computed without data ({name}: {error}): what it "
+                "takes is not predicted"
+            ) from error
         return Phase(name, ledger.peak)
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -182,9 +190,12 @@ class Step:
         with self._autocast():
             cache = self._prefill(prompts, each)
             self.roles.ledger.mark(_tensors(cache), KV_CACHE)
-            width = _grow(cache, training.completion - 1)
+            # Nothing follows the last token, so its keys and values are never computed.
+            width = training.prompt + training.completion - 1
+            _grow(cache, width - 1)
             self.roles.ledger.mark(_tensors(cache), KV_CACHE)
-            self._decode(cache, torch.zeros(prompts * each, 1, dtype=torch.long), width + 1)
+            self._decode(cache, torch.zeros(prompts * each, 1, dtype=torch.long), width)
+            self.roles.ledger.mark(_tensors(cache), KV_CACHE)
         for module, mode in modes:
             module.training = mode
 
@@ -206,13 +217,12 @@ class Step:
         output.logits[:, -1].to(copy=True, dtype=torch.float32).softmax(-1)
 
 
-def _grow(cache: DynamicCache, count: int) -> int:
-    """Let a cache hold so many tokens more; returns how many it holds then."""
+def _grow(cache: DynamicCache, length: int) -> None:
+    """Let a cache hold so many tokens."""
     for layer, keys, values in _entries(cache):
-        shape = (*keys.shape[:2], count, keys.shape[3])
+        shape = (*keys.shape[:2], max(0, length - keys.shape[2]), keys.shape[3])
         layer.keys = torch.cat([keys, keys.new_empty(shape)], dim=2)
         layer.values = torch.cat([values, values.new_empty(shape)], dim=2)
-    return cache.get_seq_length()
 
 
 def _tensors(cache: DynamicCache) -> list[Tensor]:
