@@ -1,6 +1,7 @@
 """lightning-rlhf memory: predict, before anything is loaded, what a training takes, and what would make it fit."""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,10 +17,13 @@ from lightning_rlhf.algorithms.footprint import Forecast, Training, forecast
 from lightning_rlhf.cli.memory_config import Config, Sizes, training_of
 from lightning_rlhf.cli.memory_switches import Suggestion, suggestions
 from lightning_rlhf.cli.training import RLHFCLI
+from lightning_rlhf.models.memory import ACTIVATIONS, LOGITS
 
 GIB = 2**30
 RESERVE = GIB
 """Assumed, not measured: a CUDA context with its libraries and what the allocator keeps besides; on a CPU, Python."""
+LESS = 0.9
+"""Of what a training was predicted to take, where it ran out of memory all the same."""
 GPUS: Mapping[str, int] = {
     **{"RTX 3060": 12, "RTX 3080": 10, "RTX 3090": 24, "RTX 4060 Ti": 16, "RTX 4070": 12, "RTX 4080": 16},
     **{
@@ -109,26 +113,28 @@ def device_of(gpu: str | None, gib: float | None, accelerator: str) -> Device:
     return Device("this machine's CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def table_of(training: Training, found: Forecast) -> Table:
+def table_of(found: Forecast) -> Table:
     """A row a part: the most it takes, and what it takes when a phase takes the most."""
-    table = Table(title=_headline(training, found), title_justify="left", title_style="")
-    table.add_column("GiB")
+    unit, name = (GIB, "GiB") if found.total > GIB else (GIB // 1024, "MiB")
+    table = Table()
+    table.add_column(name)
     table.add_column("at most", justify="right")
     for phase in found.phases:
         worst = len(found.phases) > 1 and phase is found.worst
         table.add_column(phase.name, justify="right", style="bold" if worst else "")
     names = dict.fromkeys(name for phase in found.phases for name in phase.peak.most)
-    for name in names:
+    for name in sorted(names, key=lambda name: name in (ACTIVATIONS, LOGITS)):
         most = max(phase.peak.most.get(name, 0) for phase in found.phases)
-        if most >= GIB / 200:
+        if most >= unit / 200:
             cells = [phase.peak.parts.get(name, 0) for phase in found.phases]
-            table.add_row(name, *(f"{size / GIB:,.2f}" for size in (most, *cells)))
+            table.add_row(name, *(f"{size / unit:,.2f}" for size in (most, *cells)))
     table.add_section()
-    table.add_row("all at a time", "", *(f"{phase.peak.total / GIB:,.2f}" for phase in found.phases))
+    table.add_row("all at a time", "", *(f"{phase.peak.total / unit:,.2f}" for phase in found.phases))
     return table
 
 
-def _headline(training: Training, found: Forecast) -> str:
+def headline(training: Training, found: Forecast) -> str:
+    """What is trained, and on what."""
     policy = training.policy
     kinds = [f"{policy.quantization.bits} bits" if policy.quantization else "", "LoRA" if policy.lora else ""]
     batch = f"{training.groups} prompts"
@@ -154,11 +160,11 @@ def verdict(found: Forecast, device: Device) -> str:
     )
 
 
-def help_table(found: list[Suggestion], device: Device) -> Table | Text:
+def help_table(found: list[Suggestion], limit: int) -> Table | Text:
     """A row a switch, each on top of those above it."""
     if not found:
         return Text("No switch of this command makes it smaller.")
-    fits = found[-1].found.total + RESERVE <= device.memory
+    fits = found[-1].found.total <= limit
     title = "what makes it fit, cheapest first" if fits else "what helps, cheapest first; it is not enough"
     table = Table(title=f"{title} (each on top of those above)", title_justify="left", title_style="")
     table.add_column("switch", overflow="fold")
@@ -169,17 +175,25 @@ def help_table(found: list[Suggestion], device: Device) -> Table | Text:
     return table
 
 
-def report(cli: MemoryCLI, console: Console) -> Device:
-    """Predict and print; returns what it was compared with."""
+def report(cli: MemoryCLI, console: Console, *, ran_out: bool = False) -> None:
+    """Predict and print.
+
+    Args:
+        cli: The configuration.
+        console: Where to.
+        ran_out: Whether the memory that there is was not enough: something smaller is looked for in any case.
+    """
     config, sizes = cli.plain, cli.sizes
     device = device_of(cli.config.gpu, cli.config.gib, str(config["trainer"].get("accelerator")))
     training = training_of(config, sizes)
     found = forecast(training)
-    console.print(Group(table_of(training, found), verdict(found, device)))
+    console.print(Group(headline(training, found), table_of(found), verdict(found, device)))
     limit = device.memory - RESERVE
+    if ran_out and found.total <= limit:
+        console.print("By this it should fit: look for other processes on the device, or for longer rows.")
+        limit = int(LESS * found.total)
     if found.total > limit:
-        console.print(help_table(list(suggestions(config, sizes, limit, found)), device))
-    return device
+        console.print(help_table(list(suggestions(config, sizes, limit, found)), limit))
 
 
 def does_not_fit(error: torch.OutOfMemoryError, arguments: list[str]) -> Exception:
@@ -194,12 +208,13 @@ def does_not_fit(error: torch.OutOfMemoryError, arguments: list[str]) -> Excepti
     """
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return error
+    print("out of memory; predicting what would fit …", file=sys.stderr)
     text = StringIO()
     try:
-        report(MemoryCLI(arguments), Console(file=text, width=120))
-    except (ValueError, OSError, RuntimeError, NotImplementedError) as problem:
+        report(MemoryCLI(arguments), Console(file=text, width=120), ran_out=True)
+    except (ValueError, OSError, RuntimeError) as problem:
         text.write(f"what it takes could not be predicted: {problem}")
-    return DoesNotFitError(f"{error}\n\nPredicted, with every row as long as it may be:\n{text.getvalue()}")
+    return DoesNotFitError(f"{error}\n\nPredicted:\n{text.getvalue()}")
 
 
 def main(arguments: list[str]) -> None:

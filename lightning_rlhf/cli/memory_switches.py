@@ -86,7 +86,8 @@ def changed_by(config: Config, flags: Mapping[str, Any]) -> Config:
             at = _arguments(at)
             if isinstance(at.get(key), str):
                 at[key] = {"path": at[key]}
-            at = at[key] = at.get(key) or {}
+            at[key] = at.get(key) or {}
+            at = at[key]
         _arguments(at)[last] = value
     return changed
 

@@ -40,7 +40,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except (OSError, ValueError) as error:
         if adapter_config(path) is not None:
             return load_tokenizer(base_path(path), trust_remote_code=trust_remote_code)
-        raise _not_found("tokenizer", path) from error
+        raise not_found("tokenizer", path) from error
 
 
 def load_language_model(policy: Policy) -> LanguageModel:
@@ -137,7 +137,7 @@ def load_base(
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
         )
     except OSError as error:
-        raise _not_found("model", path) from error
+        raise not_found("model", path) from error
     if quantization is not None:
         keep_gradients_on_cpu(model)
         _warn_of_unquantized_experts(model)
@@ -257,7 +257,8 @@ def weights_dtype(policy: Policy, *, trains_adapter: bool) -> torch.dtype | str:
     return dtype
 
 
-def _not_found(what: str, path: str) -> FileNotFoundError:
+def not_found(what: str, path: str) -> FileNotFoundError:
+    """The error where a model or tokenizer is neither a directory nor to be had from the Hub."""
     return FileNotFoundError(
         f"no {what} at {path!r}: it is not a directory with one, and it could not be had from the Hub (no network, "
         "not cached, or no such repository). Check the spelling, or download it once where there is a network with "

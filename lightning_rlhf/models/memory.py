@@ -241,7 +241,7 @@ def moments_bytes(name: str, sizes: Iterable[int]) -> tuple[int, int]:
 
     Example:
         >>> moments_bytes("adamw", [1_000_000]), moments_bytes("paged_adamw_8bit", [1_000_000, 64])
-        ((8000000, 0), (31762, 2000000))
+        ((8000000, 0), (31768, 2000000))
     """
     names = ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd")
     if name not in names:

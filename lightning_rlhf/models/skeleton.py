@@ -16,6 +16,7 @@ from lightning_rlhf.models.loading import (
     keep_gradients_on_cpu,
     lora_config,
     model_config,
+    not_found,
     trainable_settings,
     weights_dtype,
 )
@@ -32,9 +33,12 @@ def skeleton(policy: Policy) -> LanguageModel:
         The model: its parameters have shapes and dtypes, those to be quantised not yet.
 
     Raises:
-        OSError: If there is no model's configuration at the path.
+        FileNotFoundError: If there is no model's configuration at the path, and none to be had from the Hub.
     """
-    config: Any = model_config(policy)
+    try:
+        config: Any = model_config(policy)
+    except OSError as error:
+        raise not_found("configuration of a model", policy.path) from error
     adapter = adapter_config(policy.path)
     dtype = weights_dtype(policy, trains_adapter=adapter is not None or policy.lora is not None)
     if dtype == "auto":

@@ -31,7 +31,7 @@ def forecast(training: Training) -> Forecast:
         besides, nor a GPU's context.
 
     Raises:
-        OSError: If there is no model's configuration at a path.
+        FileNotFoundError: If there is no model's configuration at a path.
         ValueError: If the settings contradict each other.
         NotImplementedError: If the model does something that depends on data.
     """

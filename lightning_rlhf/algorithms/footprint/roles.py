@@ -72,7 +72,7 @@ def build(training: Training) -> Roles:
     """Make the models of a training as its module would, on the meta device, and book them with the optimizer.
 
     Raises:
-        OSError: If there is no model's configuration at a path.
+        FileNotFoundError: If there is no model's configuration at a path.
         ValueError: If a role is asked for that needs an adapter, and the policy has none.
     """
     policy = skeleton(training.policy)
