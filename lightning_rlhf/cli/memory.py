@@ -35,9 +35,9 @@ GPUS: Mapping[str, int] = {
         "RTX PRO 6000": 96,
     },
     **{"T4": 16, "V100": 32, "A10": 24, "L4": 24, "L40S": 48, "A100 40GB": 40, "A100 80GB": 80, "H100": 80},
-    **{"H200": 141, "B200": 180},
+    **{"H200": 139, "B200": 178},
 }
-"""Memory by data sheet, in GB, which is taken for GiB."""
+"""Memory in GiB, by data sheet; a little less is free."""
 
 
 class DoesNotFitError(RuntimeError):
@@ -136,7 +136,7 @@ def table_of(found: Forecast) -> Table:
 def headline(training: Training, found: Forecast) -> str:
     """What is trained, and on what."""
     policy = training.policy
-    kinds = [f"{policy.quantization.bits} bits" if policy.quantization else "", "LoRA" if policy.lora else ""]
+    kinds = [f"{policy.quantization.bits}-bit" if policy.quantization else "", "LoRA" if policy.lora else ""]
     batch = f"{training.groups} prompts"
     each = training.sampling.num_samples if training.samples else training.completions
     sizes = f"{batch} × {each} completions, {training.prompt} + {training.completion} tokens"

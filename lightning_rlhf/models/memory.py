@@ -181,10 +181,10 @@ class MemoryLedger(TorchDispatchMode):
 
 def _with_storage(tensor: Tensor) -> Tensor:
     """A tensor of the meta device on the CPU; one that is to be quantised, quantised."""
-    if hasattr(tensor, "has_fp16_weights"):
+    if getattr(tensor, "has_fp16_weights", None) is not None:
         return _in_8_bits(tensor.shape)
     made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    if hasattr(tensor, "quant_type"):
+    if getattr(tensor, "quant_type", None) is not None:
         return _packed(made, tensor)
     return (
         nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
@@ -218,8 +218,9 @@ def _packed(weight: Tensor, settings: Any) -> Tensor:  # noqa: ANN401 - bitsandb
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor, and of a quantised weight its scales."""
     yield tensor
-    if hasattr(tensor, "SCB"):
-        yield tensor.SCB
+    scales = getattr(tensor, "SCB", None)
+    if scales is not None:
+        yield scales
     state: Any = getattr(tensor, "quant_state", None)
     while state is not None:
         yield state.absmax
