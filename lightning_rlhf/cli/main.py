@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "label": "lightning_rlhf.cli.label:main",
     "export": "lightning_rlhf.cli.export:main",
     "doctor": "lightning_rlhf.cli.doctor:main",
+    "memory": "lightning_rlhf.cli.memory:main",
     "pipeline": "lightning_rlhf.cli.pipeline:main",
     "goodhart": "lightning_rlhf.cli.goodhart:main",
     "sandbox": "lightning_rlhf.cli.sandbox:main",
@@ -36,6 +37,7 @@ training, configured by YAML files that can be stacked and by flags that overrid
 
 beside it:
   doctor      show, before a long run, what will happen
+  memory      predict what a training takes in memory, whether it fits, and what would make it fit
   generate    sample completions of prompts
   best-of-n   keep the best of n samples a prompt by a reward, as data for SFT
   label       rank samples of a policy by a judge, or for people to rank, as data for a reward model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -113,9 +114,10 @@ class RLHFCLI(LightningCLI):
     Args:
         arguments: What follows the program's name; a trainer method first where ``run``.
         run: Run that method; else only build trainer, module and datamodule.
+        command: The program's command that builds them.
     """
 
-    def __init__(self, arguments: list[str], *, run: bool = True) -> None:
+    def __init__(self, arguments: list[str], *, run: bool = True, command: str = "doctor") -> None:
         for beginning in QUIET:
             warnings.filterwarnings("ignore", message=beginning)
         super().__init__(
@@ -126,7 +128,7 @@ class RLHFCLI(LightningCLI):
             trainer_defaults={"callbacks": [ExactResume(), PredictionWriter()]},
             seed_everything_default=0,
             parser_class=ConfigParser,
-            parser_kwargs={"prog": "lightning-rlhf"} if run else {"prog": "lightning-rlhf doctor"},
+            parser_kwargs={"prog": "lightning-rlhf"} if run else {"prog": f"lightning-rlhf {command}"},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=arguments,
@@ -171,8 +173,17 @@ def _trainer_command(name: str, arguments: list[str]) -> None:
 
 
 def fit(arguments: list[str]) -> None:
-    """Train."""
-    _trainer_command("fit", arguments)
+    """Train.
+
+    Raises:
+        DoesNotFitError: Where the GPU's memory is not enough, with what the training needs and what would help.
+    """
+    try:
+        _trainer_command("fit", arguments)
+    except torch.OutOfMemoryError as error:
+        from lightning_rlhf.cli.memory import does_not_fit
+
+        raise does_not_fit(error, arguments) from error
 
 
 def validate(arguments: list[str]) -> None:

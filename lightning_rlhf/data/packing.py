@@ -199,7 +199,9 @@ class PackedBatch:
         position_ids = torch.arange(self.max_positions, device=device).expand_as(input_ids)
         # A predictor sits at its position in the row of the completion that holds its target.
         lengths = torch.tensor(self.num_targets, device=device)
-        row_of_target = torch.repeat_interleave(torch.arange(row, device=device), lengths)
+        row_of_target = torch.repeat_interleave(
+            torch.arange(row, device=device), lengths, output_size=sum(self.num_targets)
+        )
         predictors = row_of_target * self.max_positions + self.position_ids[self.predictors]
         ends = torch.arange(row, device=device) * self.max_positions + self.position_ids[self.ends]
         return PaddedBatch(input_ids, mask, position_ids, predictors, ends)

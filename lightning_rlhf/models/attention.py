@@ -177,7 +177,7 @@ def shared_prefix_attention(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
         if attention_mask is None:
-            attention_mask = _causal_mask(query.shape[2], key.shape[2], None, query.device)
+            attention_mask = causal_mask(query.shape[2], key.shape[2], None, query.device)
         output = _eager(query, key, value, attention_mask, dropout, scaling, softcap, s_aux)
         return output.transpose(1, 2), None
     backend = shared_prefix.backend or choose_backend(query, softcap=softcap, sinks=s_aux, dropout=dropout)
@@ -210,19 +210,19 @@ def _by_segments(
             v = torch.cat([values[prompt][:, :, :seen], v], dim=2)
         if softcap is None and sinks is None:
             plain = not seen and (window is None or k.shape[2] <= window)
-            mask = None if plain else _causal_mask(q.shape[2], k.shape[2], window, q.device)
+            mask = None if plain else causal_mask(q.shape[2], k.shape[2], window, q.device)
             output = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=plain, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         else:
-            mask = _causal_mask(q.shape[2], k.shape[2], window, q.device)
+            mask = causal_mask(q.shape[2], k.shape[2], window, q.device)
             output = _eager(q, k, v, mask, dropout, scaling, softcap, sinks)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
 
 @lru_cache(maxsize=256)
-def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     """True where a query sees a key; the last query stands at the last key."""
     at = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     keys = torch.arange(num_keys, device=device)

@@ -40,7 +40,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except (OSError, ValueError) as error:
         if adapter_config(path) is not None:
             return load_tokenizer(base_path(path), trust_remote_code=trust_remote_code)
-        raise _not_found("tokenizer", path) from error
+        raise not_found("tokenizer", path) from error
 
 
 def load_language_model(policy: Policy) -> LanguageModel:
@@ -72,7 +72,7 @@ def load_language_model(policy: Policy) -> LanguageModel:
     trains_adapter = adapter is not None or policy.lora is not None
     base = load_base(
         base_path(policy.path),
-        dtype=_dtype(policy.dtype, trains_adapter),
+        dtype=weights_dtype(policy, trains_adapter=trains_adapter),
         quantization=policy.quantization,
         trust_remote_code=policy.trust_remote_code,
     )
@@ -137,7 +137,7 @@ def load_base(
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
         )
     except OSError as error:
-        raise _not_found("model", path) from error
+        raise not_found("model", path) from error
     if quantization is not None:
         keep_gradients_on_cpu(model)
         _warn_of_unquantized_experts(model)
@@ -244,13 +244,21 @@ def model_config(policy: Policy) -> Any:  # noqa: ANN401 - every architecture ha
     return AutoConfig.from_pretrained(base_path(policy.path), trust_remote_code=policy.trust_remote_code)
 
 
-def _dtype(name: str, trains_adapter: bool) -> torch.dtype | str:
-    if name == "auto":
+def weights_dtype(policy: Policy, *, trains_adapter: bool) -> torch.dtype | str:
+    """The dtype to load a policy's weights in; ``auto`` is the checkpoint's own.
+
+    Example:
+        >>> weights_dtype(Policy("a/model"), trains_adapter=False)
+        torch.float32
+    """
+    if policy.dtype == "auto":
         return "auto" if trains_adapter else torch.float32
-    return getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, policy.dtype)
+    return dtype
 
 
-def _not_found(what: str, path: str) -> FileNotFoundError:
+def not_found(what: str, path: str) -> FileNotFoundError:
+    """The error where a model or tokenizer is neither a directory nor to be had from the Hub."""
     return FileNotFoundError(
         f"no {what} at {path!r}: it is not a directory with one, and it could not be had from the Hub (no network, "
         "not cached, or no such repository). Check the spelling, or download it once where there is a network with "

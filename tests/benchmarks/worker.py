@@ -154,7 +154,7 @@ class Served:
         """The next batch, once the parent sends it; the clock starts when it is collated."""
         if not self.ready:
             self.ready = True
-            _reset_peak()
+            reset_peak()
             self.baseline = self.baseline or resident()
             self.connection.send(Step(0.0, 0.0, 0.0, 0, self.baseline, self.baseline))
         try:
@@ -179,7 +179,7 @@ def _status(field: str) -> float | None:
     return None
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
