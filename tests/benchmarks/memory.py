@@ -116,7 +116,7 @@ CASES = [
     Case("PPO, full, critic a model", "PPO", 8, 64, 48, PPO),
     Case("PPO, LoRA, critic an adapter", "PPO", 8, 128, 48, {**PPO, **LORA}),
     Case("PPO, nf4 LoRA, checkpointing", "PPO", 8, 256, 32, {**PPO, **NF4, **CHECKPOINTED}),
-    Case("OnlineDPO, LoRA", "OnlineDPO", 4, 128, 48, LORA),
+    Case("OnlineDPO, LoRA", "OnlineDPO", 4, 128, 48, {**LORA, "model.sampling.num_samples": 2}),
 ]
 
 
