@@ -97,6 +97,8 @@ def _sampling(settings: Any, batches: Batches) -> Result:
 
 def _best_setting(settings: Any, batches: Batches, task: Task) -> tuple[str, dict[str, Any]]:
     """One iteration with a single epoch of each of TRL's settings: too long for more."""
+    if settings.setting is not None:
+        return settings.setting, {}
     if settings.quick:
         return PPO_SETTINGS[0], {}
     tried: dict[str, Any] = {}
