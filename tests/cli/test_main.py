@@ -97,7 +97,8 @@ def test_a_signal_in_training_is_no_success(program, monkeypatch, tmp_path, numb
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         Trainer(max_steps=3, accelerator="cpu", default_root_dir=tmp_path, **quiet).fit(Stopped())
 
-    handler = signal.getsignal(signal.SIGINT)
+    # A shell starts what it runs in the background with SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(program_module, "fail", fit, raising=False)
     monkeypatch.setitem(COMMANDS, "fit", "lightning_rlhf.cli.main:fail")
     found, _, printed = program("fit")
