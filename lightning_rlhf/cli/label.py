@@ -50,14 +50,15 @@ def label(
     refuse_existing(output, overwrite=overwrite)
     kept = [] if keep is None else kept_rows(keep)
     judges = [] if judge is None else [judge]
-    same = 0
+    same = empty = 0
 
     def rows() -> Iterator[dict[str, Any]]:
-        nonlocal same
+        nonlocal same, empty
         sampled = scored_samples(
             policy, prompts, judges, drawn, seed=seed, device=device, trust_remote_code=trust_remote_code
         )
         for samples, scores in sampled:
+            empty += sum(not text.strip() for text in samples.completions)
             for row in ranked_rows(samples, scores[0] if judges else None, n):
                 if row is None:
                     same += 1
@@ -70,6 +71,8 @@ def label(
     )
     if same:
         print(f"{same} prompts are left out: all their samples were the same, or the same to the judge")
+    if empty:
+        print(f"{empty} samples are left out: they were empty, and a ranking has no place for nothing")
     if judge is None:
         print('fill in "ranks", a number for each completion, lower is better, equal for a tie')
 
@@ -96,7 +99,7 @@ def kept_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def ranked_rows(samples: Samples, scores: Tensor | None, n: int) -> Iterator[dict[str, Any] | None]:
-    """Rows of ranked data, each different completion once; None where there is nothing to compare.
+    """Rows of ranked data, each different completion that says something once; None where there is nothing to compare.
 
     Args:
         samples: n of each prompt, one after the other.
@@ -111,9 +114,9 @@ def ranked_rows(samples: Samples, scores: Tensor | None, n: int) -> Iterator[dic
     """
     for place in range(len(samples) // n):
         prompt, texts = samples.prompts[place * n], samples.completions[place * n : (place + 1) * n]
-        first = [k for k, text in enumerate(texts) if text not in texts[:k]]
+        first = [k for k, text in enumerate(texts) if text.strip() and text not in texts[:k]]
         ranks = None if scores is None else ranks_of([scores[place, k].item() for k in first])
-        if len(first) < 2 or (ranks is not None and max(ranks) == 1):
+        if len(first) < 2 or (ranks and max(ranks) == 1):
             yield None
             continue
         yield {

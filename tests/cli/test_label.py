@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from lightning_rlhf.cli.label import kept_rows
+from lightning_rlhf.cli.label import kept_rows, ranked_rows
 from lightning_rlhf.data import PreferenceDataModule
+from lightning_rlhf.rewards import Samples
 
 JUDGE = "def letters(completions, wanted):\n    return [c.count(w) for c, w in zip(completions, wanted)]\n"
 
@@ -62,6 +64,13 @@ def test_people_fill_in_what_a_training_refuses_until_then(program, words, tmp_p
     code, _, error = program(*words)
     assert code == 1
     assert "--overwrite" in error
+
+
+def test_an_empty_sample_is_in_no_ranking():
+    samples = Samples(["a"] * 4, ["x", "", "y", " "], [[5]] * 4, [[6]] * 4, [False] * 4)
+    (row,) = ranked_rows(samples, torch.tensor([[1.0, 9.0, 2.0, 8.0]]), 4)
+    assert (row["completions"], row["ranks"]) == (["x", "y"], [2, 1])
+    assert list(ranked_rows(samples.select([1, 3]), torch.zeros(1, 2), 2)) == [None]
 
 
 def test_rows_that_cannot_be_kept_are_named(tmp_path):
