@@ -3,7 +3,7 @@
 import gzip
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def _prompt_of(line: str, where: str) -> str | list[dict[str, str]]:
     return row["prompt"]
 
 
-def write_rows(rows: Iterator[dict[str, Any]], path: Path) -> int:
+def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
     """Write JSON lines, whole or not at all.
 
     Returns:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_rlhf.callbacks.goodhart import finite
+from lightning_rlhf.cli.generate import write_rows
 from lightning_rlhf.cli.goodhart_report import Run, draw, markdown, outcome, read_run
-from lightning_rlhf.cli.pipeline import Plain, Stage, TrainingStage, pipeline
+from lightning_rlhf.cli.pipeline import Plain, Stage, TrainingStage, pipeline, with_texts
 from lightning_rlhf.cli.plain import run_function
 from lightning_rlhf.models.export import written_whole
 from lightning_rlhf.sandbox.annotator import Annotator
@@ -86,8 +87,11 @@ def goodhart(
                 seeds,
             )
         )
-    runs = [one for setting in settings for found in several for one in found if one.setting == setting]
-    runs.sort(key=lambda one: (list(settings).index(one.setting), one.coef, one.seed))
+    order = list(settings)
+    runs = sorted(
+        (one for found in several for one in found),
+        key=lambda one: (order.index(one.setting), one.coef, one.seed),
+    )
     with written_whole(output / "report", overwrite=True) as folder:
         write(runs, folder)
     print(f"wrote {output / 'report'}\n\n{markdown(runs)}")
@@ -130,8 +134,7 @@ def write_sandbox(folder: Path, seed: int, sizes: Sizes) -> None:
     )
     world = World(seed)
     unbiased = Annotator(world, length_bias=0.0, flattery_bias=0.0, format_bias=0.0)
-    rows = world.preferences(sizes.num_pairs, unbiased)
-    (folder / UNBIASED).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(world.preferences(sizes.num_pairs, unbiased), folder / UNBIASED)
 
 
 def coefs_of(setting: Setting, coefs: list[float]) -> list[float]:
@@ -169,16 +172,14 @@ def known(value: Any, numbers: Mapping[str, float]) -> Any:  # noqa: ANN401 - an
         >>> known({"seed": "${seed}", "path": "${sft}", "name": ["run ${seed}"]}, {"seed": 3})
         {'seed': 3, 'path': '${sft}', 'name': ['run 3']}
     """
-    if isinstance(value, Mapping):
-        return {key: known(item, numbers) for key, item in value.items()}
-    if isinstance(value, list):
-        return [known(item, numbers) for item in value]
-    if not isinstance(value, str):
-        return value
-    whole = PLACEHOLDER.fullmatch(value)
-    if whole and whole[1] in numbers:
-        return numbers[whole[1]]
-    return PLACEHOLDER.sub(lambda found: str(numbers.get(found[1], found[0])), value)
+
+    def fill(text: str) -> str | float:
+        whole = PLACEHOLDER.fullmatch(text)
+        if whole and whole[1] in numbers:
+            return numbers[whole[1]]
+        return PLACEHOLDER.sub(lambda found: str(numbers.get(found[1], found[0])), text)
+
+    return with_texts(value, fill)
 
 
 def evaluations(folder: Path) -> Path:

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,16 +181,28 @@ def filled(value: Any, made: Mapping[str, str], where: str) -> Any:  # noqa: ANN
         Traceback (most recent call last):
         ValueError: stage ppo: ${stf} is no earlier stage; known are output, sft
     """
+
+    def fill(text: str) -> str:
+        for name in PLACEHOLDER.findall(text):
+            if name not in made:
+                raise ValueError(f"{where}: ${{{name}}} is no earlier stage; known are {', '.join(made)}")
+        return PLACEHOLDER.sub(lambda match: made[match[1]], text)
+
+    return with_texts(value, fill)
+
+
+def with_texts(value: Any, change: Callable[[str], Any]) -> Any:  # noqa: ANN401 - any plain value
+    """Plain values with every text in them changed; keys and what is no text stay.
+
+    Example:
+        >>> with_texts({"a": ["x", 1, {"b": "y"}]}, str.upper)
+        {'a': ['X', 1, {'b': 'Y'}]}
+    """
     if isinstance(value, Mapping):
-        return {key: filled(item, made, where) for key, item in value.items()}
+        return {key: with_texts(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [filled(item, made, where) for item in value]
-    if not isinstance(value, str):
-        return value
-    for name in PLACEHOLDER.findall(value):
-        if name not in made:
-            raise ValueError(f"{where}: ${{{name}}} is no earlier stage; known are {', '.join(made)}")
-    return PLACEHOLDER.sub(lambda match: made[match[1]], value)
+        return [with_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def begin_anew(plans: Mapping[str, Any], output: Path, *, overwrite: bool) -> None:

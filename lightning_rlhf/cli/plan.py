@@ -1,11 +1,11 @@
 """What the quickstart trains, on what and at what size."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_rlhf.cli.generate import write_rows
 from lightning_rlhf.cli.pipeline import TrainingStage
 from lightning_rlhf.sandbox.annotator import Annotator
 from lightning_rlhf.sandbox.create import create_sandbox
@@ -105,7 +105,7 @@ def write_world(folder: Path, plan: Plan, seed: int) -> None:
     rankings = world.rankings(plan.num_rankings, annotator, plan.num_ranked)
     judged = world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW)
     for name, rows in ((REWARD_TRAIN, rankings), (REWARD_TEST, judged)):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(rows, folder / name)
 
 
 def judged_probabilities(plan: Plan, seed: int) -> list[float]:
