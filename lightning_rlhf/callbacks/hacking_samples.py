@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.callbacks.held_out import in_eval_mode
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.prompts import prompt_ids
 from lightning_rlhf.metrics import hacking
+from lightning_rlhf.models.modes import in_eval_mode
 from lightning_rlhf.rewards import Reward, Samples, score
 
 Row = dict[str, Any]

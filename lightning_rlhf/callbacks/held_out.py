@@ -1,7 +1,5 @@
 """Held-out prompts, what a policy answers to them, and what two rewards say of the answers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import sum_by_sequence
 from lightning_rlhf.generation import Generator, Sampling
 from lightning_rlhf.models import LanguageModel, Reference
+from lightning_rlhf.models.modes import in_eval_mode
 from lightning_rlhf.rewards import Reward, score
 
 
@@ -40,18 +39,6 @@ def parts_of(
             "precompute_reference: false, or leave the monitor out"
         )
     return policy, reference, tokenizer
-
-
-@contextmanager
-def in_eval_mode(reward: Reward) -> Iterator[None]:
-    """Within it, a reward counts nothing in: its running statistics and multipliers are those of training."""
-    modes = [(module, module.training) for module in reward.modules()]
-    reward.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def devices_of(module: L.LightningModule) -> list[torch.device]:
@@ -164,6 +151,7 @@ class Judges:
         else:
             rollout = sample_rollout(prompts, self.generator, policy, tokenizer, self.sampling, seeds)
             kl = sampled_kl(rollout, policy, reference, self.sampling)
+        # So that nothing is counted in: running statistics and multipliers are those of training.
         with in_eval_mode(self.proxy), in_eval_mode(self.gold):
             proxy, gold = (score(judge, rollout.samples).total.tolist() for judge in (self.proxy, self.gold))
         return [

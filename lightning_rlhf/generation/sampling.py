@@ -19,6 +19,7 @@ from transformers import (
 from lightning_rlhf.generation.choosing import SeededChoice, StopStrings, before_stop, uniform_numbers
 from lightning_rlhf.generation.prefill import shared_prefill
 from lightning_rlhf.models import LanguageModel
+from lightning_rlhf.models.modes import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -145,20 +146,14 @@ def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None)
 
 @contextmanager
 def sampling_mode(model: LanguageModel) -> Iterator[None]:
-    """Eval mode and no generation settings but those asked for; afterwards all is as it was.
-
-    The mode is restored part by part: ``train()`` would also switch on what was off.
-    """
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval mode and no generation settings but those asked for; afterwards all is as it was."""
     settings = model.causal_lm.generation_config
-    model.eval()
     model.causal_lm.generation_config = GenerationConfig()
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         model.causal_lm.generation_config = settings
-        for module, training in modes:
-            module.training = training
 
 
 def _run(

@@ -15,6 +15,7 @@ from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 from lightning_rlhf.functional import compare_logprobs
 from lightning_rlhf.generation.prefill import shared_prefill
 from lightning_rlhf.models.memory import GRADIENTS
+from lightning_rlhf.models.modes import in_eval_mode
 
 KV_CACHE = "KV cache"
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -185,9 +186,7 @@ class Step:
         """The prompts' keys and values, and the last step of a batch of samples that are as long as they may be."""
         training, policy = self.training, self.roles.policy
         prompts, each = min(training.groups, training.sampling.batch_size), training.sampling.num_samples
-        modes = [(module, module.training) for module in policy.modules()]
-        policy.eval()
-        with self._autocast():
+        with in_eval_mode(policy), self._autocast():
             cache = self._prefill(prompts, each)
             self.roles.ledger.mark(_tensors(cache), KV_CACHE)
             # Nothing follows the last token, so its keys and values are never computed.
@@ -196,8 +195,6 @@ class Step:
             self.roles.ledger.mark(_tensors(cache), KV_CACHE)
             self._decode(cache, torch.zeros(prompts * each, 1, dtype=torch.long), width)
             self.roles.ledger.mark(_tensors(cache), KV_CACHE)
-        for module, mode in modes:
-            module.training = mode
 
     def _prefill(self, prompts: int, each: int) -> DynamicCache:
         ids = torch.zeros(prompts, self.training.prompt, dtype=torch.long)
