@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations, cycle, islice
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from lightning_rlhf.sandbox.gold import GoldReport, gold_report
 from lightning_rlhf.sandbox.language import ASPECTS, CATEGORY_OF, Question, parse_prompt
-from lightning_rlhf.sandbox.writing import Style, contestant, demonstrator, write
+from lightning_rlhf.sandbox.writing import SLIP, Style, contestant, demonstrator, write
 
 if TYPE_CHECKING:
     from lightning_rlhf.sandbox.annotator import Annotator
@@ -126,6 +127,8 @@ class World:
         num_completions: int = 6,
         split: Split = "train",
         seed: int = 0,
+        *,
+        slip: float = SLIP,
     ) -> list[dict[str, str | list[str]]]:
         """Draw prompts with several different answers, and let an annotator sort each prompt's, once.
 
@@ -137,16 +140,24 @@ class World:
             num_completions: Answers to each prompt.
             split: ``train`` or ``val``.
             seed: Which draw.
+            slip: Chance of a slip in an answer. What is rare is learnt late: a reward model that shall see a slip
+                needs more of them than :meth:`pairs` have.
 
         Returns:
             Rows ``{"prompt": …, "completions": […]}``, the best completion first.
+
+        Raises:
+            ValueError: ``slip`` is no probability.
         """
+        if not 0 <= slip <= 1:
+            raise ValueError(f"slip is {slip}; it is a probability, from 0 to 1")
+        writer = partial(contestant, slip=slip)
         rng, labels = self._rng("rankings", split, seed), self._rng("ranks", split, seed)
         rows: list[dict[str, str | list[str]]] = []
         for prompt in self.prompts(n, split, seed):
             answers: dict[str, None] = {}
             while len(answers) < num_completions:
-                answers[_answer(prompt, contestant, rng)] = None
+                answers[_answer(prompt, writer, rng)] = None
             rows.append({"prompt": prompt, "completions": annotator.rank(prompt, list(answers), labels)})
         return rows
 

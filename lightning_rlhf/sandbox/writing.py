@@ -17,6 +17,9 @@ from lightning_rlhf.sandbox.language import (
 MAX_TOKENS = 64
 """Tokens of a completion at most, its end-of-sequence token included."""
 
+SLIP = 0.15
+"""Chance of a slip in an answer to compare."""
+
 
 @dataclass(frozen=True)
 class Style:
@@ -53,8 +56,8 @@ def demonstrator(rng: Random) -> Style:
     )
 
 
-def contestant(rng: Random) -> Style:
-    """A writer of answers to compare: from excellent to poor."""
+def contestant(rng: Random, slip: float = SLIP) -> Style:
+    """A writer of answers to compare: from excellent to poor, who slips with this chance."""
     return Style(
         coverage=rng.uniform(0.2, 1.0),
         drift=rng.uniform(0.0, 0.8) ** 2 / 0.8,
@@ -62,7 +65,7 @@ def contestant(rng: Random) -> Style:
         flattery=rng.uniform(0.0, 0.7),
         filler=rng.uniform(0.0, 0.7),
         bullets=0.35,
-        slip=0.15,
+        slip=slip,
     )
 
 

@@ -142,11 +142,9 @@ class Step:
             hidden = policy.hidden_states(batch)
             loss = policy.of_hidden(hidden, batch.targets).logprobs.sum()
             return loss if self.roles.critic is None else loss + self.roles.critic(batch, hidden).sum()
-        learned = None
-        if training.learned is not None:
-            k = training.completions
-            learned = [number % k < training.learned for number in range(batch.num_completions)]
-        found = policy(batch, with_entropy=True, with_collision=training.with_collision, learned=learned)
+        found = policy(
+            batch, with_entropy=True, with_collision=training.with_collision, learned=training.learned
+        )
         total: Tensor = found.logprobs.sum()
         return total
 
