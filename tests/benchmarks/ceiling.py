@@ -20,9 +20,8 @@ PLAN = Plan(
     ),
     num_demonstrations=30_000,
     num_pairs=0,
-    num_rankings=40_000,
+    num_rankings=24_000,
     num_ranked=8,
-    ranking_slip=0.45,
     num_layers=4,
 )
 
