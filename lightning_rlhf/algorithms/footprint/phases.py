@@ -130,6 +130,13 @@ class Step:
             for parameter in self._trained():
                 parameter.grad = None
         loss.backward()
+        critic = self.roles.critic
+        if critic is not None and critic.kind != "head":
+            with (
+                self._autocast()
+            ):  # after the policy's backward; of its own model, so the hidden states are not read
+                loss = critic(batch, loss).sum()
+            loss.backward()
         for parameter in self._trained():
             parameter.grad = None
 
@@ -141,7 +148,10 @@ class Step:
         if training.algorithm == "PPO":
             hidden = policy.hidden_states(batch)
             loss = policy.of_hidden(hidden, batch.targets).logprobs.sum()
-            return loss if self.roles.critic is None else loss + self.roles.critic(batch, hidden).sum()
+            critic = self.roles.critic
+            if critic is None or critic.kind != "head":
+                return loss
+            return loss + critic(batch, hidden).sum()
         learned = None
         if training.learned is not None:
             k = training.completions
