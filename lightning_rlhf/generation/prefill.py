@@ -53,10 +53,10 @@ class SpareLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _with_room(kept: Tensor, like: Tensor, length: int) -> Tensor:
+def _with_room(kept: Tensor | None, like: Tensor, length: int) -> Tensor:
     """What is kept, in memory for ``length`` tokens and then some."""
     room = like.new_empty(*like.shape[:-2], -(-length // SPARE) * SPARE, like.shape[-1])
-    if kept.numel():
+    if kept is not None and kept.numel():
         room[..., : kept.shape[-2], :] = kept
     return room
 
