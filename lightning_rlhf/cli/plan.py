@@ -1,8 +1,9 @@
 """What the quickstart trains, on what and at what size."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from lightning_rlhf.cli.generate import write_rows
@@ -10,6 +11,7 @@ from lightning_rlhf.cli.pipeline import TrainingStage
 from lightning_rlhf.sandbox.annotator import Annotator
 from lightning_rlhf.sandbox.create import create_sandbox
 from lightning_rlhf.sandbox.world import World
+from lightning_rlhf.sandbox.writing import Style, contestant
 
 RECIPES = Path(__file__).with_name("quickstart_recipes")
 """A recipe a stage, for ``lightning-rlhf fit`` as well; part of the package."""
@@ -70,6 +72,7 @@ class Plan:
         num_pairs: Pairs to align on.
         num_rankings: Prompts with several answers, ranked, to train a reward model on.
         num_ranked: Answers in a ranking.
+        ranking_writer: Whose answers they are.
         num_reward_test: Held-out pairs to judge it on.
         num_prompts: Held-out prompts to sample from.
         num_layers: Of the model.
@@ -80,6 +83,7 @@ class Plan:
     num_pairs: int = 3_400
     num_rankings: int = 12_000
     num_ranked: int = 6
+    ranking_writer: Callable[[Random], Style] = contestant
     num_reward_test: int = 3_000
     num_prompts: int = 500
     num_layers: int = 2
@@ -102,7 +106,7 @@ def write_world(folder: Path, plan: Plan, seed: int) -> None:
     )
     world = World(seed)
     annotator = Annotator(world)
-    rankings = world.rankings(plan.num_rankings, annotator, plan.num_ranked)
+    rankings = world.rankings(plan.num_rankings, annotator, plan.num_ranked, writer=plan.ranking_writer)
     judged = world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW)
     for name, rows in ((REWARD_TRAIN, rankings), (REWARD_TEST, judged)):
         write_rows(rows, folder / name)

@@ -152,11 +152,9 @@ class Step:
             if critic is None or critic.kind != "head":
                 return loss
             return loss + critic(batch, hidden).sum()
-        learned = None
-        if training.learned is not None:
-            k = training.completions
-            learned = [number % k < training.learned for number in range(batch.num_completions)]
-        found = policy(batch, with_entropy=True, with_collision=training.with_collision, learned=learned)
+        found = policy(
+            batch, with_entropy=True, with_collision=training.with_collision, learned=training.learned
+        )
         total: Tensor = found.logprobs.sum()
         return total
 
