@@ -131,11 +131,9 @@ class Step:
                 parameter.grad = None
         loss.backward()
         critic = self.roles.critic
-        if critic is not None and critic.kind != "head":
-            with (
-                self._autocast()
-            ):  # after the policy's backward; of its own model, so the hidden states are not read
-                loss = critic(batch, loss).sum()
+        if critic is not None and critic.kind != "head":  # it has a backward of its own
+            with self._autocast():
+                loss = critic(batch, loss).sum()  # of its own model: the policy's hidden states are not read
             loss.backward()
         for parameter in self._trained():
             parameter.grad = None
