@@ -29,6 +29,7 @@ class Run:
         began: When, by its own record.
         ended: When its last file of numbers was written.
         seconds: Of training, by Lightning's ``Timer``.
+        steps: Optimizer steps, by the newest checkpoint.
         configuration: As YAML, and the name of its file.
         versions: By package.
         curves: By logged name.
@@ -46,6 +47,7 @@ class Run:
     began: datetime | None = None
     ended: datetime | None = None
     seconds: float | None = None
+    steps: int | None = None
     configuration: tuple[str, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -102,6 +104,7 @@ def gather(folder: RunFolder) -> Run:
         began=next((datetime.fromisoformat(one["began"]) for one in facts if "began" in one), None),
         ended=_written([*written, *([evaluated] if evaluated else [])]),
         seconds=_seconds(checkpoint),
+        steps=checkpoint.get("global_step"),
         configuration=configuration,
         versions=_versions(facts, checkpoint),
         curves=curves,

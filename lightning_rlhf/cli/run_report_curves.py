@@ -53,7 +53,9 @@ def panels(curves: Mapping[str, Curve]) -> dict[str, list[Panel]]:
     groups: dict[str, list[Panel]] = {}
     for panel in found.values():
         groups.setdefault(panel.name.rpartition("/")[0], []).append(panel)
-    order = list(GROUPS)
+    order, known = list(GROUPS), list(MEANINGS)
+    for several in groups.values():
+        several.sort(key=lambda panel: known.index(panel.name) if panel.name in known else len(known))
     return dict(sorted(groups.items(), key=lambda g: order.index(g[0]) if g[0] in order else len(order)))
 
 
@@ -80,20 +82,21 @@ def meaning(name: str) -> Meaning:
 
 def curves_section(curves: Mapping[str, Curve], algorithm: str | None) -> list[Element]:
     """Small pictures of all curves of at least two points, by group, and a table of the other values."""
-    parts: list[Element] = []
+    shown: list[Element] = []
+    folded: list[Element] = []
     for group, several in panels(curves).items():
-        drawn = [panel for panel in several if drawable(panel)]
-        if not drawn:
-            continue
-        title = element("h4", GROUPS.get(group, group))
-        pictures = element(
-            "div", *(picture(panel, step_unit(group, algorithm)) for panel in drawn), class_="grid"
-        )
-        if len(drawn) > FOLDED or group in MONITORS:
-            summary = element("summary", f"{GROUPS.get(group, group)}: {len(drawn)} pictures")
-            parts.append(element("details", summary, pictures))
+        title = GROUPS.get(group, group)
+        unit = step_unit(group, algorithm)
+        pictures = [picture(panel, title, unit) for panel in several if drawable(panel)]
+        if len(pictures) > FOLDED or (pictures and group in MONITORS):
+            summary = element(
+                "summary", f"{title}: {len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}"
+            )
+            folded.append(element("details", summary, element("div", pictures, class_="grid")))
         else:
-            parts += [title, pictures]
+            shown += pictures
+    parts = [element("div", shown, class_="grid")] if shown else []
+    parts += folded
     single = {name: curve for name, curve in curves.items() if finite_points(curve) == 1}
     if single:
         rows = [
@@ -141,8 +144,8 @@ def step_unit(group: str, algorithm: str | None) -> str:
     return "rollouts" if algorithm == "PPO" and group not in MONITORS else "optimizer steps"
 
 
-def picture(panel: Panel, unit: str) -> Element:
-    """A panel: title and unit, the chart, a legend where there are several lines, and a sentence."""
+def picture(panel: Panel, group: str, unit: str) -> Element:
+    """A panel: group, title and unit, the chart, a legend where there are several lines, and a sentence."""
     words = meaning(panel.name)
     styles = {"train": "a", "": "a", "val": "b", "test": "fit"}
     lines = [
@@ -158,6 +161,7 @@ def picture(panel: Panel, unit: str) -> Element:
     )
     return element(
         "figure",
+        element("p", group, class_="group"),
         element("h5", words.title, " ", element("small", f"({words.unit})")),
         legend if len(lines) > 1 else None,
         draw(Chart(lines=lines, x_label=unit, title=f"{words.title} over {unit}")),

@@ -47,7 +47,7 @@ def goodhart_section(content: Mapping[str, Any]) -> list[Element]:
     return [
         figure,
         element("p", verdict(curve, content)),
-        element("p", fit.describe() + ".")
+        element("p", f"Fitted gold: {fit.describe()}.")
         if fit
         else element(
             "p", "Too few evaluations to fit a curve: four of different KL are needed.", class_="soft"
@@ -194,7 +194,7 @@ def _change(detector: Detector, values: Mapping[str, Any], name: str, neutral: f
     words = f"{middle} ({lower} to {upper}){' points' if unit == 'points' else ''}"
     if found[1] <= neutral <= found[2]:
         return words, "no clear change", "soft"
-    return words, "more" if found[0] > neutral else "less", "bad"
+    return words, "more" if found[0] > neutral else "less", "changed"
 
 
 def shown(value: float, unit: str) -> str:

@@ -191,18 +191,17 @@ def duration(run: Run) -> str:
 
 
 def last_step(run: Run) -> str | None:
-    """The last optimizer step or rollout that was logged, in words."""
+    """How far it came: optimizer steps by its checkpoint or its monitors, else what was logged."""
+    watched = [one["step"] for one in (*run.evaluations, *run.hacking)]
+    known = max([*watched, run.steps or 0])
+    if known:
+        return f"{known} optimizer steps"
     logged = [
         curve.steps[-1]
         for name, curve in run.curves.items()
         if not name.startswith(("goodhart/", "hacking/"))
     ]
-    watched = [one["step"] for one in (*run.evaluations, *run.hacking)]
-    if watched and run.algorithm == "PPO":
-        return f"{max(watched)} optimizer steps"
-    if logged:
-        return f"{max(logged) + 1} {step_unit('', run.algorithm)}"
-    return f"{max(watched)} optimizer steps" if watched else None
+    return f"{max(logged) + 1} {step_unit('', run.algorithm)}" if logged else None
 
 
 def headlines(run: Run) -> list[tuple[str, str, str, str]]:
@@ -270,7 +269,7 @@ def cards(run: Run) -> Element | None:
             element("dt", title),
             element("dd", element("span", value, " ", element("small", unit), class_="value")),
             element("dd", note, class_="hint"),
-            class_="card",
+            class_="card alarmed" if title == "Alarm" and value != "none" else "card",
         )
         for title, value, unit, note in headlines(run)
     ]

@@ -3,10 +3,10 @@
 STYLE = """
 :root { color-scheme: light dark;
   --ink: #1d2026; --soft: #5b6270; --rule: #dfe2e8; --paper: #ffffff; --card: #f6f7f9;
-  --a: #2a6fb0; --b: #b8680a; --fit: #1d2026; --bad: #b3261e; --good: #1b7340; }
+  --a: #2a6fb0; --b: #b8680a; --fit: #1d2026; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root {
   --ink: #e6e8ec; --soft: #a0a7b4; --rule: #343a45; --paper: #15181d; --card: #1e2229;
-  --a: #7db4e8; --b: #eda34a; --fit: #e6e8ec; --bad: #ff8a80; --good: #7fd19c; } }
+  --a: #7db4e8; --b: #eda34a; --fit: #e6e8ec; --bad: #ff8a80; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -16,11 +16,12 @@ header { padding-top: 2rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.35rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-h4 { font-size: 1rem; margin: 1.25rem 0 .5rem; color: var(--soft); font-weight: 600; }
+.group { color: var(--soft); font-size: .75rem; letter-spacing: .03em; margin: 0; }
 p { margin: .4rem 0; max-width: 46rem; }
 a { color: var(--a); }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .85em; }
 .soft, figcaption, .hint { color: var(--soft); font-size: .88rem; }
+main > section:first-child { margin-top: 2rem; }
 .run { border-top: 2px solid var(--rule); margin-top: 2.5rem; padding-top: 1.5rem; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
@@ -29,8 +30,8 @@ th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px so
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 td.number, th.number { text-align: right; }
 td.text { white-space: normal; min-width: 15rem; color: var(--soft); }
-.bad { color: var(--bad); font-weight: 600; }
-.good { color: var(--good); font-weight: 600; }
+.changed { color: var(--b); font-weight: 600; }
+.alarmed .value { color: var(--bad); }
 .cards { display: grid; gap: .75rem; margin: 1rem 0; padding: 0;
   grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 46%), 1fr)); }
 .card { background: var(--card); border-radius: .5rem; padding: .7rem .85rem; min-width: 0; }

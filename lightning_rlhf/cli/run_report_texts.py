@@ -17,6 +17,7 @@ class Meaning(NamedTuple):
     sentence: str
 
 
+UNIT = "reward units"
 SDS = "standard deviations at the start"
 MEANINGS = {
     "loss": Meaning("Loss", "nats", "What training minimises; a mean over the whole optimizer step."),
@@ -28,11 +29,11 @@ MEANINGS = {
     "num_tokens": Meaning("Tokens seen", "tokens", "Since training began."),
     "kl": Meaning("KL from the reference", "nats", "How far the policy has moved; what gains are paid with."),
     "accuracy": Meaning("Pairs ordered right", "share", "How often the better answer gets the higher score."),
-    "margin": Meaning("Margin", "reward", "Score of the better answer less that of the worse one."),
-    "mean_reward": Meaning("Mean score", "reward", "Of all answers; near 0 where scores are centred."),
-    "min_reward": Meaning("Least score", "reward", "In a batch, mean over batches."),
-    "max_reward": Meaning("Largest score", "reward", "In a batch, mean over batches."),
-    "disagreement": Meaning("Disagreement", "reward", "Spread of an ensemble's members on the same answer."),
+    "margin": Meaning("Margin", UNIT, "Score of the better answer less that of the worse one."),
+    "mean_reward": Meaning("Mean score", UNIT, "Of all answers; near 0 where scores are centred."),
+    "min_reward": Meaning("Least score", UNIT, "In a batch, mean over batches."),
+    "max_reward": Meaning("Largest score", UNIT, "In a batch, mean over batches."),
+    "disagreement": Meaning("Disagreement", UNIT, "Spread of an ensemble's members on the same answer."),
     "calibration_error": Meaning("Calibration error", "share", "How far confidence is from being right."),
     "length_correlation": Meaning(
         "Reward–length correlation", "correlation", "How much longer answers score higher."
@@ -41,9 +42,9 @@ MEANINGS = {
     "nll_loss": Meaning("Likelihood term", "nats", "Of the chosen answers, part of the loss."),
     "log_odds_chosen": Meaning("Log odds ratio", "nats", "Of chosen over rejected answers."),
     "log_odds_ratio": Meaning("Log σ of the odds ratio", "nats", "The preference term of the loss."),
-    "rewards/chosen": Meaning("Reward of chosen answers", "reward", "The implicit reward, 0 at the start."),
-    "rewards/rejected": Meaning("Reward of rejected answers", "reward", "The implicit reward; falls."),
-    "rewards/margins": Meaning("Reward margin", "reward", "Chosen less rejected; rises."),
+    "rewards/chosen": Meaning("Reward of chosen answers", UNIT, "The implicit reward, 0 at the start."),
+    "rewards/rejected": Meaning("Reward of rejected answers", UNIT, "The implicit reward; falls."),
+    "rewards/margins": Meaning("Reward margin", UNIT, "Chosen less rejected; rises."),
     "rewards/accuracies": Meaning(
         "Pairs ordered right", "share", "By the implicit reward; 0.5 at the start."
     ),
@@ -60,8 +61,8 @@ MEANINGS = {
     "logps/chosen_change_per_token": Meaning(
         "Change a token, chosen", "nats a token", "Below −0.5 probability moves to what nobody chose."
     ),
-    "objective/scores": Meaning("Reward", "reward", "Of sampled answers, before the KL penalty: the proxy."),
-    "objective/scores_greedy": Meaning("Reward, greedy", "reward", "Of the likeliest answers."),
+    "objective/scores": Meaning("Reward", UNIT, "Of sampled answers, before the KL penalty: the proxy."),
+    "objective/scores_greedy": Meaning("Reward, greedy", UNIT, "Of the likeliest answers."),
     "objective/kl": Meaning(
         "KL from the reference", "nats an answer", "How far the policy has moved, exactly."
     ),
@@ -69,9 +70,9 @@ MEANINGS = {
     "objective/kl_k3": Meaning(
         "KL, estimate k3", "nats an answer", "From the sampled tokens, never negative."
     ),
-    "objective/kl_coef": Meaning("KL coefficient", "reward a nat", "The price of a nat."),
-    "objective/non_score_reward": Meaning("KL penalty", "reward", "What the KL costs an answer."),
-    "objective/rlhf_reward": Meaning("Reward less penalty", "reward", "What is maximised."),
+    "objective/kl_coef": Meaning("KL coefficient", "reward units a nat", "The price of a nat."),
+    "objective/non_score_reward": Meaning("KL penalty", UNIT, "What the KL costs an answer."),
+    "objective/rlhf_reward": Meaning("Reward less penalty", UNIT, "What is maximised."),
     "objective/entropy": Meaning(
         "Entropy", "nats a token", "A collapse towards 0: the policy has become certain."
     ),
@@ -80,8 +81,8 @@ MEANINGS = {
     ),
     "policy/clipfrac_avg": Meaning("Clipped tokens", "share", "Above 0.2 to 0.3 steps are too large."),
     "policy/ratio": Meaning("Probability ratio", "ratio", "New over old policy; stays near 1."),
-    "loss/policy_avg": Meaning("Policy loss", "reward", "Near 0, and no measure of progress."),
-    "loss/value_avg": Meaning("Critic's loss", "reward²", "Falls where the critic learns."),
+    "loss/policy_avg": Meaning("Policy loss", UNIT, "Near 0, and no measure of progress."),
+    "loss/value_avg": Meaning("Critic's loss", "squared reward units", "Falls where the critic learns."),
     "value/clipfrac_avg": Meaning("Clipped values", "share", "Large: the critic moves too fast."),
     "completions/mean_length": Meaning(
         "Length", "tokens", "Of an answer; a steady rise: the reward pays for length."
@@ -211,7 +212,7 @@ DETECTORS = (
     _changed(
         "disagreement",
         "Ensemble disagreement",
-        "reward",
+        UNIT,
         START,
         "Spread of the members' scores: the policy leaves what they know.",
     ),

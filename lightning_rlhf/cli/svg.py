@@ -1,9 +1,10 @@
 """Line charts as SVG whose colours are the page's: classes, no colours of their own."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from statistics import fmean as mean
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
@@ -84,20 +85,24 @@ def thinned(line: Line, count: int = MAX_POINTS) -> Line:
     if len(line.x) <= count:
         return line
     size = -(-len(line.x) // count)
-    runs = [
-        [place for place in range(start, min(start + size, len(line.x))) if math.isfinite(line.y[place])]
-        for start in range(0, len(line.x), size)
-    ]
-    runs = [run for run in runs if run]
-    lower, upper = (line.lower or line.y), (line.upper or line.y)
+    starts = range(0, len(line.x), size)
+    x, y, lower, upper = (
+        [list(column[start : start + size]) for start in starts]
+        for column in (line.x, line.y, line.lower or line.y, line.upper or line.y)
+    )
     return replace(
         line,
-        x=[math.fsum(line.x[i] for i in run) / len(run) for run in runs],
-        y=[math.fsum(line.y[i] for i in run) / len(run) for run in runs],
-        lower=[min(lower[i] for i in run) for run in runs],
-        upper=[max(upper[i] for i in run) for run in runs],
+        x=[sum(several) / len(several) for several in x],
+        y=[_over_finite(mean, several) for several in y],
+        lower=[_over_finite(min, several) for several in lower],
+        upper=[_over_finite(max, several) for several in upper],
         dots=False,
     )
+
+
+def _over_finite(how: Callable[[list[float]], float], values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return how(finite) if finite else math.nan
 
 
 def draw(chart: Chart) -> Element:
