@@ -20,6 +20,7 @@ from lightning_rlhf.generation.choosing import SeededChoice, StopStrings, before
 from lightning_rlhf.generation.prefill import shared_prefill
 from lightning_rlhf.models import LanguageModel
 from lightning_rlhf.models.modes import in_eval_mode
+from lightning_rlhf.models.sharding import gathered
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def generate(
 ) -> Iterator[list[Completion]]:
     """Sample completions, batch by batch.
 
+    A sharded model is gathered meanwhile, so that ranks may sample other numbers and lengths.
+
     Every prompt has its own seed, and its samples do not depend on the prompts beside it, apart from rounding. Only
     what ``sampling`` says changes the model's distribution: what came with the model (a repetition penalty, a top-k)
     is left out. The samples of a prompt share its computation where the model allows it.
@@ -117,6 +120,18 @@ def generate(
     """
     seeds = check_prompts(prompts, seeds)
     end = end_ids(model, tokenizer)
+    with gathered(model):
+        yield from _batches(model, tokenizer, prompts, sampling, end, seeds)
+
+
+def _batches(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    end: list[int],
+    seeds: Sequence[int],
+) -> Iterator[list[Completion]]:
     for start in range(0, len(prompts), sampling.batch_size):
         chunk = [list(prompt) for prompt in prompts[start : start + sampling.batch_size]]
         with sampling_mode(model):
@@ -185,6 +200,7 @@ def _run(
         eos_token_id=end,
         pad_token_id=end[0],
         use_cache=True,
+        synced_gpus=False,  # weights are gathered: ranks need not wait for each other's longest completion
         **shared,
     )
     lengths = {} if stop is None else stop.lengths
