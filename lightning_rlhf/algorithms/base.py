@@ -23,6 +23,7 @@ from lightning_rlhf.algorithms.checkpoints import (
     shapes,
 )
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
+from lightning_rlhf.algorithms.strategies import keeps_gradients, mean_over_ranks
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import Mean, Total
 from lightning_rlhf.models import LanguageModel, Policy, load_language_model, load_tokenizer
@@ -154,12 +155,14 @@ class Algorithm(L.LightningModule):
             batch: Where they come from.
 
         Returns:
-            The sum of the losses.
+            The sum of the losses; where a strategy keeps the gradients to itself (DeepSpeed), their mean over ranks.
         """
         total = losses.sum()
         self._counted = self._counted + losses.numel()
         self._loss_sum = self._loss_sum + total.detach()
         self._rows.extend(batch.row_ids)
+        if self._trainer is not None and keeps_gradients(self.trainer.strategy):
+            return mean_over_ranks(losses, self.trainer.world_size)
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -176,12 +179,14 @@ class Algorithm(L.LightningModule):
         counted, loss_sum = window.tolist()  # the one host synchronisation of a step
         if not torch.isfinite(window[1]):
             self._stop_on_non_finite(loss_sum)
+        self._counted, self._loss_sum, self._rows, self._stepped = 0, 0.0, [], True
+        if keeps_gradients(self.trainer.strategy):
+            return  # they are of the mean already
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(counted, 1)
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         torch._foreach_mul_(gradients, scale)
-        self._counted, self._loss_sum, self._rows, self._stepped = 0, 0.0, [], True
 
     def _stop_on_non_finite(self, loss: float) -> NoReturn:
         checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]

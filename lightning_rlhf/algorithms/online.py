@@ -14,6 +14,7 @@ from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.algorithms.rollout import Rollout, prompt_seeds, sample_rollout
+from lightning_rlhf.algorithms.strategies import require_sampling
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import TokenComparison
@@ -105,6 +106,10 @@ class Online(Referenced):
         """Make the reference, and tell the reward what samples."""
         super().on_policy_loaded()
         self.reward.attach(self.policy, self.tokenizer)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy under which nothing can be sampled."""
+        require_sampling(self.trainer, type(self).__name__)
 
     # --- a rollout ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ selection, ``make test-all`` every cell.
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from lightning_rlhf.models.export import export_checkpoint
 from lightning_rlhf.models.reward_export import export_reward_model
 from tests.strategies.worker import Cell, run
 
+# A launch is the setup of the first test that asks for it.
+pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parents[2]
 ALGORITHMS = ("SFT", "RewardModel", "DPO", "KTO", "PPO", "OnlineDPO")
 WEIGHTS = ("lora", "nf4", "full")
@@ -39,6 +42,16 @@ OPTIONS = {
     "PPO-lora-fsdp2-checkpointing",
 }
 HALF = {"DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"}
+# Ranks sample other numbers of prompts, to other lengths, after every batch.
+UNEVEN = "SFT-lora-fsdp2-uneven"
+# As one process goes on from a checkpoint of two, and two from one of one, with the same rows a step.
+OTHER_NUMBERS = (
+    "DPO-full-fsdp2",
+    "PPO-nf4-fsdp2",
+    "RewardModel-lora-fsdp2",
+    "SFT-lora-ddp",
+)
+FROM_ONE = "from-one"
 SLOW = sorted((EVERY - PAIRWISE) | OPTIONS | HALF)
 
 
@@ -50,7 +63,7 @@ def place(tmp_path_factory):
 def launch(names, model_dir, folder):
     """By torchrun, as on several machines; under `timeout -k`: a hang does not end on SIGTERM."""
     folder.mkdir(exist_ok=True)
-    command = ["timeout", "-k", "5", "900", sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = ["timeout", "-k", "5", "1100", sys.executable, "-m", "torch.distributed.run", "--standalone"]
     worker = ["--nproc_per_node", "2", "-m", "tests.strategies.worker", "2", model_dir, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -92,8 +105,9 @@ def single(llama_dir, place):
 
 
 @pytest.fixture(scope="module")
-def quick(llama_dir, place):
-    return launch(sorted(PAIRWISE), llama_dir, place / "quick")
+def quick(llama_dir, place, single):
+    from_one = [f"{name}-{FROM_ONE}={single(name)[0] / 'epoch=0.ckpt'}" for name in OTHER_NUMBERS]
+    return launch(["refusals", UNEVEN, *sorted(PAIRWISE), *from_one], llama_dir, place / "quick")
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +157,43 @@ def check_export(name, folder, single, tmp_path):
         assert (value - theirs[key]).norm() < 1e-2 * theirs[key].norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("name", sorted(PAIRWISE))
+@pytest.mark.parametrize("name", [*sorted(PAIRWISE), UNEVEN])
 def test_two_processes_equal_one_and_resume(name, quick, single, place, tmp_path):
     check(name, quick[name], single)
     check_export(name, place / "quick", single, tmp_path)
+
+
+ONE_PROCESS = {"SFT-full", "RewardModel-lora", "DPO-nf4", "KTO-lora", "PPO-full", "OnlineDPO-nf4"}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, marks=[] if cell in ONE_PROCESS else pytest.mark.slow)
+        for cell in sorted(f"{algorithm}-{weights}" for algorithm in ALGORITHMS for weights in WEIGHTS)
+    ],
+)
+def test_one_process_resumes(cell, single, llama_dir, tmp_path):
+    folder, whole = single(cell)
+    again = run(Cell.named(f"{cell}-single"), llama_dir, tmp_path, 1, ckpt=folder / "epoch=0.ckpt")
+    assert len(again["losses"]) == 2
+    for key in ("losses", "norms"):
+        assert again[key] == whole[key][-len(again[key]) :]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("tensor", "tensor_parallel_size 2.*data_parallel_size: 2 and tensor_parallel_size: 1"),
+        ("8bit", "optimization.name is 'adamw_8bit'.*use adamw"),
+        ("odin", "odin does not train under FSDP2"),
+        ("tokens", "update.micro_batch_tokens is 64.*Set it to null"),
+        ("uneven", "a rank has 5 completions in this rollout and another 3.*drop_last: true"),
+    ],
+)
+def test_what_would_hang_or_be_wrong_is_refused(case, message, quick):
+    for refused in quick["refusals"]:
+        assert re.search(message, refused[case], re.DOTALL)
 
 
 @pytest.mark.slow
@@ -155,15 +202,6 @@ def test_every_cell(name, slow, single, place, tmp_path):
     check(name, slow[name], single)
     if name in EVERY:
         check_export(name, place / "slow", single, tmp_path)
-
-
-# As one process goes on from a checkpoint of two, and two from one of one, with the same rows a step.
-OTHER_NUMBERS = (
-    "DPO-full-fsdp2",
-    "PPO-nf4-fsdp2",
-    "RewardModel-lora-fsdp2",
-    "SFT-lora-ddp",
-)
 
 
 @pytest.mark.parametrize("name", OTHER_NUMBERS)
@@ -177,16 +215,10 @@ def test_one_process_goes_on_from_two(name, quick, single, llama_dir, place, tmp
     assert len(again["losses"]) == 2
 
 
-@pytest.fixture(scope="module")
-def from_one(llama_dir, place, single):
-    entries = [f"{name}={single(name)[0] / 'epoch=0.ckpt'}" for name in OTHER_NUMBERS]
-    return launch(entries, llama_dir, place / "from_one")
-
-
 @pytest.mark.parametrize("name", OTHER_NUMBERS)
-def test_two_processes_go_on_from_one(name, from_one, single):
+def test_two_processes_go_on_from_one(name, quick, single):
     _, whole = single(name)
-    for rank in from_one[name]:
+    for rank in quick[f"{name}-{FROM_ONE}"]:
         again = rank["resumed"]
         close(again, {key: whole[key][-len(again[key]) :] for key in ("losses", "norms")})
         assert len(again["losses"]) == 2

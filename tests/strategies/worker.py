@@ -26,9 +26,10 @@ from lightning_rlhf.algorithms import (
     RewardModel,
     Update,
 )
+from lightning_rlhf.algorithms.odin import ODIN
 from lightning_rlhf.callbacks import ExactResume
 from lightning_rlhf.data.packing import pack
-from lightning_rlhf.generation import Sampling
+from lightning_rlhf.generation import Sampling, generate
 from lightning_rlhf.models import LoRA, Policy, Quantization
 from tests.algorithms.conftest import labelled, random_groups
 from tests.algorithms.rollouts import Waves, prompts
@@ -137,9 +138,9 @@ def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None 
         devices=world,
         strategy=strategy_of(cell, world),
         max_epochs=2,
-        precision=next((o.replace("_", "-") for o in cell.options if "_" in o), "32-true"),
+        precision=next((o.replace("_", "-") for o in cell.options if o.startswith("bf16")), "32-true"),
         gradient_clip_val=None if cell.algorithm == "PPO" else 0.01,
-        callbacks=[losses, ExactResume(), saver],
+        callbacks=[losses, ExactResume(), saver, *([Uneven()] if "uneven" in cell.options else [])],
         log_every_n_steps=1,
         limit_val_batches=1,
         num_sanity_val_steps=0,
@@ -152,9 +153,56 @@ def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None 
     return {"losses": losses.found, "norms": losses.norms, "steps": trainer.global_step}
 
 
+class Uneven(Callback):
+    """Sample after every batch, as many prompts as the rank is high, one at a time, to lengths that differ."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        before = [p.detach().full_tensor() for p in module.parameters() if p.requires_grad]
+        prompts = [[5, 6, 7], [8], [9, 10]][: 1 + 2 * trainer.global_rank]
+        how = Sampling(max_new_tokens=3 + 4 * trainer.global_rank, batch_size=1)
+        drawn = list(generate(module.policy, module.tokenizer, prompts, how, seeds=range(len(prompts))))
+        assert len(drawn) == len(prompts)
+        assert not module.policy.is_gathered
+        after = [p.detach().full_tensor() for p in module.parameters() if p.requires_grad]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def refusals(model_dir: str) -> dict[str, str]:
+    """What is refused under FSDP2, and how."""
+    small = partial(PPO, model_dir, Waves(), sampling=Sampling(max_new_tokens=2))
+    modules = {
+        "tensor": SFT(model_dir),
+        "8bit": SFT(model_dir, optimization=Optimization(name="adamw_8bit")),
+        "odin": RewardModel(model_dir, odin=ODIN()),
+        "tokens": small(update=Update(micro_batch_tokens=64)),
+        "uneven": small(update=Update(minibatch_size=4)),
+    }
+    mine = prompts(3 + 2 * int(os.environ["RANK"]), 8)
+    sampler = DistributedSampler(mine.dataset, 1, 0)  # in the name of all ranks, so that Lightning leaves it
+    other = DataLoader(mine.dataset, batch_size=8, sampler=sampler, collate_fn=mine.collate_fn)
+    found = {}
+    for name, module in modules.items():
+        sizes = {} if name == "tensor" else {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        trainer = L.Trainer(
+            devices=2,
+            strategy=ModelParallelStrategy(**sizes),
+            max_steps=2,
+            enable_checkpointing=False,
+            **QUIET,
+        )
+        try:
+            trainer.fit(module, other if name == "uneven" else loader_of(type(module).__name__, 2))
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def main(world: int, model_dir: str, folder: Path, names: list[str]) -> None:
     """Every cell: trained, and resumed from its first epoch; ``NAME=CHECKPOINT`` is only resumed, from there."""
     torch.set_num_threads(1)
+    if names[0] == "refusals":
+        torch.save(refusals(model_dir), folder / f"refusals.{os.environ['RANK']}")
+        names = names[1:]
     for entry in names:
         name, _, ckpt = entry.partition("=")
         cell, place = Cell.named(name), folder / name
