@@ -18,7 +18,7 @@ from lightning_rlhf.algorithms.kl_controller import KLControl, KLController
 from lightning_rlhf.algorithms.online import Online, require_prompts
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.rollout import Micro, Rollout, shuffled
-from lightning_rlhf.algorithms.rollout_steps import require_whole_rollouts, total_steps
+from lightning_rlhf.algorithms.rollout_steps import require_equal_passes, require_whole_rollouts, total_steps
 from lightning_rlhf.algorithms.update import Update
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.mix import PRETRAIN, PROMPTS
@@ -147,6 +147,7 @@ class PPO(Online):
         """Sample, score, estimate advantages, optimise."""
         rollout = self.sample(self.prompts_of(batch))
         text = self.text_of(batch)
+        require_equal_passes(self.trainer, len(rollout), self.update, sharded=self.device_mesh is not None)
         self.rollout_size = len(rollout)
         scores = self.score("train", rollout.samples)
         known = self.evaluate(rollout)
@@ -162,19 +163,18 @@ class PPO(Online):
     def in_order(self, rollout: Rollout) -> Iterator[PackedBatch]:
         """A rollout in forwards of bounded size, as while it is learned from, but for prompts that stay whole."""
         size = self.update.micro_batch_size or self.update.minibatch_size
-        for batch in rollout.in_order(size, self.update.micro_batch_tokens):
-            yield batch.to(self.device)
+        return rollout.in_order(size, self.update.micro_batch_tokens)
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> dict[str, Tensor]:
         """What policy, reference and critic say of every token before anything is learned, each ``(M,)``."""
-        parts: list[dict[str, Tensor]] = []
-        for batch in self.in_order(rollout):
+
+        def ask(batch: PackedBatch) -> dict[str, Tensor]:
             hidden = self.policy.hidden_states(batch)
-            found = self.compare(hidden, batch)
-            parts.append(found._asdict())
-            if self.estimator.needs_values:
-                parts[-1]["values"] = self.critic(batch, hidden)
+            found = self.compare(hidden, batch)._asdict()
+            return {**found, "values": self.critic(batch, hidden)} if self.estimator.needs_values else found
+
+        parts = self.on_all_ranks(ask, self.in_order(rollout))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def estimate(self, rollout: Rollout, scores: Tensor, known: Mapping[str, Tensor]) -> Estimate:
@@ -213,7 +213,7 @@ class PPO(Online):
         """The critic's value after the last token of completions that were cut off, ``(N,)``."""
         if not (isinstance(self.estimator, GAE) and self.estimator.bootstrap_truncated):
             return None
-        values = torch.cat([self.critic.at_ends(batch) for batch in self.in_order(rollout)])
+        values = torch.cat(self.on_all_ranks(self.critic.at_ends, self.in_order(rollout)))
         return values * torch.tensor(rollout.samples.truncated, device=values.device)
 
     def optimise(

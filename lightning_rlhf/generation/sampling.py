@@ -20,6 +20,7 @@ from lightning_rlhf.generation.choosing import SeededChoice, StopStrings, before
 from lightning_rlhf.generation.prefill import sampling_cache
 from lightning_rlhf.models import LanguageModel
 from lightning_rlhf.models.modes import in_eval_mode
+from lightning_rlhf.models.sharding import gathered
 
 SORTED_BATCHES = 8
 """So many batches of prompts are put in the order of their lengths, and answered together."""
@@ -101,6 +102,8 @@ def generate(
 ) -> Iterator[list[Completion]]:
     """Sample completions, several batches of prompts of a like length at a time.
 
+    A sharded model is gathered meanwhile, so that ranks may sample other numbers and lengths.
+
     Every prompt has its own seed, and its samples do not depend on the prompts beside it, apart from rounding. Only
     what ``sampling`` says changes the model's distribution: what came with the model (a repetition penalty, a top-k)
     is left out. The samples of a prompt share its computation where the model allows it.
@@ -121,14 +124,15 @@ def generate(
     seeds = check_prompts(prompts, seeds)
     end = end_ids(model, tokenizer)
     window = SORTED_BATCHES * sampling.batch_size
-    for start in range(0, len(prompts), window):
-        places = range(start, min(start + window, len(prompts)))
-        found: dict[int, list[Completion]] = {}
-        for chunk in by_length(places, prompts, sampling.batch_size):
-            of_chunk = ([list(prompts[i]) for i in chunk], [seeds[i] for i in chunk])
-            with sampling_mode(model):
-                found |= zip(chunk, _run(model, tokenizer, *of_chunk, sampling, end), strict=True)
-        yield from (found[place] for place in places)
+    with gathered(model):
+        for start in range(0, len(prompts), window):
+            places = range(start, min(start + window, len(prompts)))
+            found: dict[int, list[Completion]] = {}
+            for chunk in by_length(places, prompts, sampling.batch_size):
+                of_chunk = ([list(prompts[i]) for i in chunk], [seeds[i] for i in chunk])
+                with sampling_mode(model):
+                    found |= zip(chunk, _run(model, tokenizer, *of_chunk, sampling, end), strict=True)
+            yield from (found[place] for place in places)
 
 
 def by_length(places: Sequence[int], prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
@@ -199,6 +203,7 @@ def _run(
         eos_token_id=end,
         pad_token_id=end[0],
         use_cache=True,
+        synced_gpus=False,  # weights are gathered: ranks need not wait for each other's longest completion
         **kept,
     )
     lengths = {} if stop is None else stop.lengths
