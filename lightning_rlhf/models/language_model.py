@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import TokenLogprobs, token_logprobs
 from lightning_rlhf.models import attention
+from lightning_rlhf.models.checkpointing import HostMemory, selective_contexts
 from lightning_rlhf.models.settings import Layout, check_choice
 
 LOGITS_AT_A_TIME = 2**26
@@ -55,6 +56,8 @@ class LanguageModel(nn.Module):
         self.layout: Layout = layout
         self.layout_reason = "as asked"
         self._warned_of_context = False
+        self._selective = False
+        self.offload: Callable[[], AbstractContextManager[Any]] = nullcontext
         if layout == "shared_prefix":
             self._attach()
 
@@ -163,19 +166,21 @@ class LanguageModel(nn.Module):
         decoder = self.causal_lm.get_decoder()
         if self.layout_of(batch) == "padded":
             padded = batch.padded()
-            output = decoder(
-                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
-            )
+            with self.offload():
+                output = decoder(
+                    input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+                )
             return output.last_hidden_state.flatten(0, 1).index_select(0, getattr(padded, at))
-        output = decoder(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            # A mask that is already four-dimensional is left as it is: Transformers would otherwise see positions
-            # that restart and build a dense one. The attention reads the plan and never this tensor.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
-            use_cache=False,
-            shared_prefix=attention.SharedPrefixPlan(batch),
-        )
+        with self.offload():
+            output = decoder(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                # A mask that is already four-dimensional is left as it is: Transformers would otherwise see positions
+                # that restart and build a dense one. The attention reads the plan and never this tensor.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+                use_cache=False,
+                shared_prefix=attention.SharedPrefixPlan(batch),
+            )
         return output.last_hidden_state[0].index_select(0, getattr(batch, at))
 
     def _check_fits(self, batch: PackedBatch) -> None:
@@ -251,19 +256,27 @@ class LanguageModel(nn.Module):
         """
         return self._switched([] if adapter is None else [adapter], disabled=adapter is None)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute activations again in the backward instead of keeping them."""
+    def enable_gradient_checkpointing(self, *, selective: bool = False, offload: bool = False) -> None:
+        """Compute activations again in the backward instead of keeping them.
+
+        Args:
+            selective: Keep the results of attention and of the products with the weights.
+            offload: Hold the layers' inputs in the host's memory.
+        """
+        self._selective = selective
+        self.offload = HostMemory if offload else nullcontext
         self.causal_lm.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
         )
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """For the forward of a layer and for computing it again: the role of now. All layers are in the same one."""
+        forward, again = selective_contexts() if self._selective else (nullcontext(), nullcontext())
         layer = next((m for m in self.modules() if isinstance(m, BaseTunerLayer)), None)
         if layer is None:
-            return nullcontext(), nullcontext()
+            return forward, again
         active, disabled = layer._active_adapter, layer._disable_adapters
-        return nullcontext(), self._switched(cast(list[str], active), disabled)
+        return forward, _both(self._switched(cast(list[str], active), disabled), again)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
         # Adapters stay float32 whatever precision the Trainer casts the module to: an update of 1e-5 does not
@@ -274,6 +287,12 @@ class LanguageModel(nn.Module):
             if name in kept:
                 parameter.data = kept[name].to(parameter.device)
         return self
+
+
+@contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 def _targets_by_flag(batch: PackedBatch, flags: Sequence[bool]) -> tuple[Tensor, Tensor]:

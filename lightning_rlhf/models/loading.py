@@ -103,7 +103,9 @@ def prepare(model: PreTrainedModel, policy: Policy, *, adapter_path: str | None 
         wrapped = get_peft_model(model, lora_config(policy.lora), adapter_name=POLICY_ADAPTER)
     language_model = LanguageModel(wrapped, layout=policy.layout)
     if policy.gradient_checkpointing:
-        language_model.enable_gradient_checkpointing()
+        language_model.enable_gradient_checkpointing(
+            selective=policy.gradient_checkpointing == "selective", offload=policy.offload_activations
+        )
     return language_model
 
 

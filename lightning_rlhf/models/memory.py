@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.attention import causal_mask
 
-ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
+ACTIVATIONS, LOGITS, GRADIENTS, HOST = "activations", "logits", "gradients", "host memory"
 MIN_8BIT, MIN_PAGED, BLOCK_8BIT = 4_096, 100_000, 256
 """bitsandbytes keeps smaller tensors' moments in float32, and pages none below the second; values an 8-bit scale."""
 
@@ -54,6 +54,7 @@ class MemoryLedger(TorchDispatchMode):
     """Bytes of all storages made while it is active, by category, and their peak.
 
     What is new is an activation, or logits where its last dimension is the vocabulary; :meth:`mark` says otherwise.
+    What is in the host's memory is not part of the peak.
 
     Args:
         vocab_size: Of the model.
@@ -82,7 +83,8 @@ class MemoryLedger(TorchDispatchMode):
     @property
     def peak(self) -> Peak:
         """The most there was at a time since :meth:`reset_peak`."""
-        return Peak({name: size for name, size in self._peak.items() if size}, dict(self.most))
+        parts = {name: size for name, size in self._peak.items() if size and name != HOST}
+        return Peak(parts, dict(self.most))
 
     @contextmanager
     def fake(self) -> Iterator[None]:
@@ -123,6 +125,8 @@ class MemoryLedger(TorchDispatchMode):
         """Add bytes that are there until the end, or take some away."""
         self.live[category] += size
         self.most[category] = max(self.most[category], self.live[category])
+        if category == HOST:
+            return
         self._total += size
         if self._total > self._peak_total:
             self._peak_total, self._peak = self._total, dict(self.live)
@@ -158,6 +162,12 @@ class MemoryLedger(TorchDispatchMode):
                 self._known[id(storage)] = (reference, category)
                 self.book(before, -storage.nbytes())
                 self.book(category, storage.nbytes())
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in the host's memory, booked there."""
+        copied = tensor.clone()
+        self.mark([copied], HOST)
+        return copied
 
     def watch_gradients(self, module: nn.Module) -> None:
         """Book the gradients of a module's parameters as such, as soon as they are there."""

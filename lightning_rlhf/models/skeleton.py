@@ -61,7 +61,9 @@ def skeleton(policy: Policy) -> LanguageModel:
     # Outside: the probe of the layout computes on a shrunk copy.
     model = LanguageModel(wrapped, layout=policy.layout)
     if policy.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(
+            selective=policy.gradient_checkpointing == "selective", offload=policy.offload_activations
+        )
     return model
 
 

@@ -82,6 +82,28 @@ def test_checkpointing_keeps_no_layers(path):
     assert shallow < 0.6 * deep
 
 
+def test_what_is_offloaded_is_in_the_hosts_memory(path):
+    long = {"groups": 16, "prompt": 100, "completion": 100}
+    on_device, offloaded = (
+        found(path, "SFT", Policy(path, gradient_checkpointing=True, offload_activations=where), **long)
+        for where in (False, True)
+    )
+    inputs = 16 * 200 * HEADS * WIDTH * 4
+    assert on_device.offloaded == 0
+    assert LAYERS * inputs <= offloaded.offloaded <= (LAYERS + 4) * inputs
+    # One layer's input is back while the layer is computed again.
+    assert offloaded.total < on_device.total - 0.9 * (LAYERS - 1) * inputs
+    assert "host memory" not in offloaded.parts
+
+
+def test_selective_checkpointing_keeps_the_costly_part(path):
+    totals = [
+        found(path, "SFT", Policy(path, gradient_checkpointing=kind), prompt=100, completion=100).total
+        for kind in (True, "selective", False)
+    ]
+    assert totals == sorted(set(totals))
+
+
 def test_mixed_precision_casts_what_it_computes_with(path):
     long = {"prompt": 300, "completion": 300}
     whole, mixed = (

@@ -132,6 +132,17 @@ def test_what_can_not_fit_tries_every_switch_and_says_so(program, bare):
     assert -1 < places[0] < places[1] < places[2]
 
 
+def test_activations_are_held_on_the_host_of_a_gpu(program, bare):
+    """Long rows: not on a CPU, which is the host."""
+    flags = ["--data.max_length", 4000, "--data.max_prompt_length", 2000, "--trainer.precision", 32]
+    flags += ["--model.policy.gradient_checkpointing", "true", "--model.policy.offload_activations", "true"]
+    arguments = words("sft", *flags, "--model.policy.path", bare, "--gpu", "RTX 4090")
+    _, printed, _ = program("memory", *arguments)
+    assert "GiB of activations are held there" in printed
+    _, printed, _ = program("memory", *arguments, "--trainer.accelerator", "cpu")
+    assert "held there" not in printed
+
+
 def test_devices_go_by_name_or_size():
     assert device_of("h100", None, "auto") == Device("H100", 80 * GIB)
     assert device_of(None, 1.5, "auto") == Device("1.5 GiB", 3 * GIB // 2)

@@ -3,6 +3,7 @@
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from lightning_rlhf.algorithms.footprint.settings import RewardRole, Training
 from lightning_rlhf.models import LanguageModel, Policy, ScoreHead, Scorer
 from lightning_rlhf.models.adapters import add_adapter, copy_adapter, member_adapter
+from lightning_rlhf.models.checkpointing import HostMemory
 from lightning_rlhf.models.critic import VALUE_ADAPTER, Critic
 from lightning_rlhf.models.language_model import disable_dropout, freeze_vocabulary_head, is_adapter
 from lightning_rlhf.models.loading import POLICY_ADAPTER, adapter_config, trainable_settings
@@ -95,6 +97,9 @@ def build(training: Training) -> Roles:
         ledger.hold(module, lambda path, name=name: _category(name, path))  # type: ignore[misc]
         roles.trainable += [p.numel() for p in module.parameters() if p.requires_grad]
         ledger.watch_gradients(module)
+        for part in module.modules():
+            if isinstance(part, LanguageModel) and part.offload is HostMemory:
+                part.offload = partial(HostMemory, ledger.to_host)
     moments, roles.paged = moments_bytes(training.optimizer, roles.trainable)
     ledger.book(OPTIMIZER, moments)
     return roles
@@ -151,6 +156,6 @@ def _scorer(policy: LanguageModel, role: RewardRole, index: int) -> Scorer:
         add_adapter(policy.model, name, config, trainable=False)
         head = ScoreHead(policy.config.get_text_config().hidden_size)
         return Scorer(policy, head, name, owns=False).requires_grad_(False).eval()
-    model = skeleton(replace(role.policy, gradient_checkpointing=False))
+    model = skeleton(replace(role.policy, gradient_checkpointing=False, offload_activations=False))
     head = ScoreHead(model.config.get_text_config().hidden_size)
     return Scorer(model, head).requires_grad_(False).eval()
