@@ -5,6 +5,7 @@ nothing is allocated. :class:`MemoryLedger` notes every storage that comes and g
 time.
 """
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.attention import causal_mask
 
 ACTIVATIONS, LOGITS, GRADIENTS, HOST = "activations", "logits", "gradients", "host memory"
+GROUPED = "aten::_grouped_mm"
 MIN_8BIT, MIN_PAGED, BLOCK_8BIT = 4_096, 100_000, 256
 """bitsandbytes keeps smaller tensors' moments in float32, and pages none below the second; values an 8-bit scale."""
 
@@ -105,10 +107,15 @@ class MemoryLedger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Compute, and note what is new."""
-        output = func(*args, **(kwargs or {}))
+        name = func.name()
+        output = _by_experts(*args, **(kwargs or {})) if name == GROUPED else func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
+        if name in WORKSPACE:
+            size = WORKSPACE[name](args)
+            self.book(ACTIVATIONS, size)
+            self.book(ACTIVATIONS, -size)
         return output
 
     def _note(self, tensor: Tensor) -> None:
@@ -187,6 +194,28 @@ class MemoryLedger(TorchDispatchMode):
     def without_data(self, batch: PackedBatch) -> PackedBatch:
         """A batch of the same shapes."""
         return batch._map(self._mode.from_tensor)
+
+
+def _by_experts(
+    left: Tensor,
+    right: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: Any = None,  # noqa: ANN401
+) -> Tensor:
+    """The result of a product grouped by experts, without data: PyTorch has a rule for bfloat16 only."""
+    groups = [] if left.ndim == right.ndim - 1 or right.ndim == left.ndim - 1 else [_num_groups(left, offs)]
+    return left.new_empty([*groups, left.shape[-2], right.shape[-1]], dtype=out_dtype)
+
+
+def _num_groups(left: Tensor, offs: Tensor | None) -> int:
+    return len(left) if offs is None else len(offs)
+
+
+# What kernels use inside and give back: 4-bit weights, dequantised for a product.
+WORKSPACE: dict[str, Callable[[Any], int]] = {
+    "bitsandbytes::gemm_4bit": lambda args: math.prod(args[2]) * args[0].element_size(),
+}
 
 
 def _with_storage(tensor: Tensor) -> Tensor:
