@@ -185,6 +185,19 @@ def test_running_out_of_memory_shows_what_it_takes_and_what_would_help(program, 
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("recipe", ["ppo", "online_dpo"])
+def test_running_out_of_memory_shows_the_phases_of_what_samples(recipe, bare, monkeypatch):
+    monkeypatch.setattr(memory, "device_of", lambda *_: Device("a small GPU", RESERVE + 2**20))
+    flags = ["--model.reward.model", bare, "--model.sampling.max_new_tokens", 24, "--data.batch_size", 4]
+    arguments = words(recipe, *SHORT, "--model.policy.path", bare, *flags)
+    text = str(memory.does_not_fit(torch.OutOfMemoryError("CUDA out of memory."), arguments))
+    assert text.startswith("CUDA out of memory.")
+    for phase in ("generation", "scoring", "policy and", "forward and", "KV cache", "reward model 0"):
+        assert phase in text
+    assert "does not fit into the 1.0 GiB of a small GPU" in text
+    assert "--model.policy.lora.r 16" in text
+
+
 def test_running_out_of_memory_keeps_the_original(out_of_memory):
     with pytest.raises(DoesNotFitError, match="should fit: look for other processes") as caught:
         fit(out_of_memory)

@@ -16,7 +16,13 @@ from lightning_rlhf.models.adapters import add_adapter, copy_adapter, member_ada
 from lightning_rlhf.models.checkpointing import HostMemory
 from lightning_rlhf.models.critic import VALUE_ADAPTER, Critic
 from lightning_rlhf.models.language_model import disable_dropout, freeze_vocabulary_head, is_adapter
-from lightning_rlhf.models.loading import POLICY_ADAPTER, adapter_config, trainable_settings
+from lightning_rlhf.models.loading import (
+    POLICY_ADAPTER,
+    adapter_config,
+    is_quantized,
+    trainable_settings,
+    unquantized_experts,
+)
 from lightning_rlhf.models.memory import MemoryLedger, moments_bytes
 from lightning_rlhf.models.reference import REFERENCE_ADAPTER
 from lightning_rlhf.models.skeleton import skeleton
@@ -94,7 +100,8 @@ def build(training: Training) -> Roles:
             disable_dropout(module)
         if training.precision in IN_TRUE_HALF:
             module.to(IN_TRUE_HALF[training.precision])
-        ledger.hold(module, lambda path, name=name: _category(name, path))  # type: ignore[misc]
+        fused = unquantized_experts(module) if is_quantized(module) else {}
+        ledger.hold(module, lambda path, name=name, fused=fused: _category(name, path, path in fused))  # type: ignore[misc]
         roles.trainable += [p.numel() for p in module.parameters() if p.requires_grad]
         ledger.watch_gradients(module)
         for part in module.modules():
@@ -105,15 +112,15 @@ def build(training: Training) -> Roles:
     return roles
 
 
-def _category(module: str, path: str) -> str:
-    """What a parameter's bytes are booked under.
+def _category(module: str, path: str, is_fused: bool = False) -> str:
+    """What a parameter's bytes are booked under; experts that are not quantised have a row of their own.
 
     Example:
         >>> _category("policy", "model.q_proj.lora_A.value.weight"), _category("critic", "head.weight")
         ('critic adapter', 'critic')
     """
     if not is_adapter(path):
-        return module
+        return f"{module}, experts not quantised" if is_fused else module
     adapter = path.rpartition(".lora_")[2].split(".")[1]
     return f"{ADAPTERS.get(adapter, adapter)} adapter"
 
