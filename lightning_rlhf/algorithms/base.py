@@ -145,10 +145,14 @@ class Algorithm(L.LightningModule):
         Returns:
             The sum of the losses.
         """
-        total = losses.sum()
         self._counted = self._counted + losses.numel()
-        self._loss_sum = self._loss_sum + total.detach()
         self._rows.extend(batch.row_ids)
+        return self.step_sum(losses)
+
+    def step_sum(self, losses: Tensor) -> Tensor:
+        """Further losses of tokens or pairs that :meth:`step_mean` has counted: their sum."""
+        total = losses.sum()
+        self._loss_sum = self._loss_sum + total.detach()
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
