@@ -355,8 +355,7 @@ def _by_flex(
         return score if cap is None else cap * torch.tanh(score / cap)
 
     # Uncompiled it is FlexAttention's own reference, which is how it is tested where there is no GPU.
-    reference = cast(Callable[..., Any], flex_attention)
-    run = _compiled_flex() if query.device.type == "cuda" else reference
+    run: Callable[..., Any] = _compiled_flex() if query.device.type == "cuda" else flex_attention
     output, aux = run(
         query,
         key,
