@@ -158,10 +158,14 @@ class Algorithm(L.LightningModule):
         Returns:
             The sum of the losses; where a strategy keeps the gradients to itself (DeepSpeed), their mean over ranks.
         """
-        total = losses.sum()
         self._counted = self._counted + losses.numel()
-        self._loss_sum = self._loss_sum + total.detach()
         self._rows.extend(batch.row_ids)
+        return self.step_sum(losses)
+
+    def step_sum(self, losses: Tensor) -> Tensor:
+        """Further losses of tokens or pairs that :meth:`step_mean` has counted: their sum."""
+        total = losses.sum()
+        self._loss_sum = self._loss_sum + total.detach()
         if self._trainer is not None and keeps_gradients(self.trainer.strategy):
             return mean_over_ranks(losses, self.trainer.world_size)
         return total

@@ -102,11 +102,10 @@ class KTO(Referenced):
     def losses(self, batch: PackedBatch, stage: str) -> Tensor:
         """The loss of every labelled answer, ``(G,)``."""
         k = check_labelled(batch, mismatched=self.loss_type == "kto")
-        # The reference point has no gradient, so only the labelled answers (the first of each group) are learnt from.
-        learned = [number % k == 0 for number in range(batch.num_completions)] if k > 1 else None
         # The reference first: what the policy keeps for its backward does not wait in memory beside it.
         ref_logps = self.reference_logps(batch, stage)
-        tokens = self.policy(batch, with_entropy=True, learned=learned)
+        # The reference point has no gradient, so only the labelled answers (the first of each group) are learnt from.
+        tokens = self.policy(batch, with_entropy=True, learned=1)
         logps = RF.sum_by_sequence(tokens.logprobs, batch.target_lengths)
         if stage == "train" and not self._checked:
             self._assert_equal_at_start(logps.detach(), ref_logps, batch)

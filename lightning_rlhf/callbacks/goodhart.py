@@ -33,8 +33,8 @@ class GoodhartMonitor(Callback):
     For any module with a ``policy`` (a :class:`~lightning_rlhf.models.LanguageModel`), its ``tokenizer`` and a
     ``reference``. The reference's own samples come first, at KL 0: they standardise both rewards. Logs ``goodhart/…``
     (see docs/goodhart.md). In the log folder, ``goodhart/`` has ``goodhart.json`` and ``goodhart.png``, every sample's
-    KL and rewards as ``evaluations.json``, and ``best_gold.ckpt``, whenever gold is better than at the start and ever
-    since. It is the best of many noisy means, so measure its gold on other samples.
+    KL and rewards and some samples' texts as ``evaluations.json``, and ``best_gold.ckpt``, whenever gold is better than
+    at the start and ever since. It is the best of many noisy means, so measure its gold on other samples.
 
     An alarm is :func:`~lightning_rlhf.functional.decline_test`: gold falls while the proxy rises, both by more than
     chance, over all looks of a run. Afterwards the test begins anew, with the evaluation that gave the alarm. Random
@@ -55,6 +55,7 @@ class GoodhartMonitor(Callback):
         false_alarm_rate: Probability of a false alarm in a run of ``max_evaluations``.
         max_evaluations: What the threshold is made for; more of them make a false alarm more likely.
         seed: Of the samples.
+        num_texts: Prompts, the first ones, whose samples are kept as texts: what ``lightning-rlhf report`` shows.
 
     Raises:
         ValueError: If an argument is out of range; at the start, if the module has no reference, there is no
@@ -76,10 +77,12 @@ class GoodhartMonitor(Callback):
         false_alarm_rate: float = 0.05,
         max_evaluations: int = 100,
         seed: int = 0,
+        num_texts: int = 4,
     ) -> None:
-        if every_n_steps < 1 or num_prompts < 2:
+        if every_n_steps < 1 or num_prompts < 2 or num_texts < 0:
             raise ValueError(
-                f"every_n_steps ({every_n_steps}) must be at least 1, and num_prompts ({num_prompts}) at least 2"
+                f"every_n_steps ({every_n_steps}) must be at least 1, num_prompts ({num_prompts}) at least 2, and "
+                f"num_texts ({num_texts}) not negative"
             )
         if temperature <= 0 or kl_factor <= 1:
             raise ValueError(
@@ -96,7 +99,7 @@ class GoodhartMonitor(Callback):
         self.on_alarm: OnAlarm = on_alarm
         self.kl_factor = kl_factor
         self.threshold = decline_threshold(max_evaluations, false_alarm_rate=false_alarm_rate)
-        self.seed = seed
+        self.seed, self.num_texts = seed, num_texts
         self.history: list[dict[str, Any]] = []
         self.alarms: list[int] = []
         self.best: dict[str, Any] = {}
@@ -188,7 +191,10 @@ class GoodhartMonitor(Callback):
                 "data and num_prompts, or start a new run"
             )
         columns = {name: [row[name] for row in rows] for name in COLUMNS}
-        self.history.append({"step": step, "rows": ids, **columns})
+        texts = {"completions": [row["completion"] for row in rows[: self.num_texts]]}
+        if not self.history:  # once, the prompts being the same ever after
+            texts["prompts"] = [row["prompt"] for row in rows[: self.num_texts]]
+        self.history.append({"step": step, "rows": ids, **columns, **texts})
 
     def _test(self) -> DeclineTest:
         gold, proxy = (

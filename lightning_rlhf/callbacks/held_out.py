@@ -130,7 +130,7 @@ class Judges:
         seed: tuple[int, int],
         *,
         of_reference: bool,
-    ) -> list[dict[str, float]]:
+    ) -> list[dict[str, Any]]:
         """Sample a completion of each prompt and score it.
 
         Args:
@@ -142,7 +142,7 @@ class Judges:
             of_reference: Sample from the reference instead; its KL is 0.
 
         Returns:
-            ``row``, ``kl`` in nats, ``proxy`` and ``gold`` of each prompt.
+            ``row``, ``prompt``, ``completion``, ``kl`` in nats, ``proxy`` and ``gold`` of each prompt.
         """
         seeds = prompt_seeds(*seed, prompts.row_ids)
         if of_reference:
@@ -155,10 +155,9 @@ class Judges:
         # So that nothing is counted in: running statistics and multipliers are those of training.
         with in_eval_mode(self.proxy), in_eval_mode(self.gold):
             proxy, gold = (score(judge, rollout.samples).total.tolist() for judge in (self.proxy, self.gold))
-        return [
-            {"row": row, "kl": k, "proxy": p, "gold": g}
-            for row, k, p, g in zip(prompts.row_ids, kl.tolist(), proxy, gold, strict=True)
-        ]
+        names = ("row", "prompt", "completion", "kl", "proxy", "gold")
+        columns = (prompts.row_ids, prompts.prompts, rollout.samples.completions, kl.tolist(), proxy, gold)
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 @torch.no_grad()

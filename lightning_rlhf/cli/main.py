@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "memory": "lightning_rlhf.cli.memory:main",
     "pipeline": "lightning_rlhf.cli.pipeline:main",
     "goodhart": "lightning_rlhf.cli.goodhart:main",
+    "report": "lightning_rlhf.cli.run_report:main",
     "sandbox": "lightning_rlhf.cli.sandbox:main",
     "quickstart": "lightning_rlhf.cli.quickstart:main",
 }
@@ -44,6 +45,7 @@ beside it:
   export      turn a checkpoint into an adapter or model directory for transformers, peft and vLLM
   pipeline    train several stages, such as SFT, reward model and PPO, each on what the former made
   goodhart    an experiment on the sandbox: over-optimisation, with and without what is done against it
+  report      draw one HTML file of a run or a pipeline: curves, detectors, samples, configuration
   sandbox     write the embedded task: data, tokenizer and a tiny model
   quickstart  train, align and measure a tiny model on the sandbox
 

@@ -19,6 +19,7 @@ from lightning_rlhf import rewards as _rewards  # noqa: F401
 from lightning_rlhf.algorithms.base import Algorithm
 from lightning_rlhf.callbacks import ExactResume
 from lightning_rlhf.cli.parser import ConfigParser
+from lightning_rlhf.cli.run_facts import write_facts
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
 
@@ -98,12 +99,17 @@ def predicted_rows(
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keep the configuration beside the logs; without a logger there is no folder of this run to keep it in."""
+    """Keep configuration, date and versions beside the logs; without a logger there is no folder to keep them in."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save it when a training begins."""
+        """Save them when a training begins."""
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save date and versions."""
+        assert trainer.log_dir is not None
+        write_facts(Path(trainer.log_dir))
 
 
 class RLHFCLI(LightningCLI):

@@ -44,6 +44,18 @@ class Segment(NamedTuple):
     prompt_end: int
 
 
+class RowPart(NamedTuple):
+    """Part of the packed row, for a forward of its own.
+
+    Attributes:
+        tokens: Where its tokens stand in the whole row, on the host.
+        segments: Its runs; a place is counted from the first token of the part before it, if there is one.
+    """
+
+    tokens: Tensor
+    segments: tuple[Segment, ...]
+
+
 class PaddedBatch(NamedTuple):
     """The same groups, one row per prompt + completion: the reference that the packed layout is tested against.
 
@@ -151,16 +163,41 @@ class PackedBatch:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The attention's plan, in the order of the row: queries are covered once, without gaps."""
-        segments = []
-        start = 0
+        return self.parts(max(map(len, self.completion_lengths)))[0].segments
+
+    def are_first(self, num_first: int | None) -> list[bool]:
+        """For each completion, whether it is one of the first so many of its prompt; for None they all are."""
+        numbers = [number for lengths in self.completion_lengths for number in range(len(lengths))]
+        return [num_first is None or number < num_first for number in numbers]
+
+    def parts(self, num_first: int) -> tuple[RowPart, RowPart]:
+        """The row in two parts: every prompt with its first ``num_first`` completions, and then all the others."""
+        first, others, segments = [], [], []
+        prompts_of_others: list[tuple[int, int]] = []
+        at = start = 0
         for prompt, completions in zip(self.prompt_lengths, self.completion_lengths, strict=True):
-            end = start + prompt + completions[0]
+            prompt_end = start + prompt
+            end = prompt_end + completions[0]
             segments.append(Segment(start, end, start, start))
-            for length in completions[1:]:
-                segments.append(Segment(end, end + length, start, start + prompt))
+            for length in completions[1:num_first]:
+                segments.append(Segment(end, end + length, start, prompt_end))
                 end += length
+            first.append(torch.arange(at, at + end - start))
+            at += end - start
+            for length in completions[num_first:]:
+                others.append(torch.arange(at, at + length))
+                prompts_of_others.append((start, prompt_end))
+                at += length
             start = end
-        return tuple(segments)
+        following = []
+        for tokens, prompt_place in zip(others, prompts_of_others, strict=True):
+            following.append(Segment(start, start + len(tokens), *prompt_place))
+            start += len(tokens)
+        nothing = torch.zeros(0, dtype=torch.long)
+        return (
+            RowPart(torch.cat(first), tuple(segments)),
+            RowPart(torch.cat([nothing, *others]), tuple(following)),
+        )
 
     @cached_property
     def ends(self) -> Tensor:

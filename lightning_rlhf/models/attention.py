@@ -13,7 +13,7 @@ Backends, chosen by what the device and the model allow:
 ============  =============================================================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.data.packing import Segment
 
 NAME = "shared_prefix"
 Backend = Literal["segments", "varlen", "flex"]
@@ -39,39 +39,54 @@ MAX_VARLEN_HEAD_DIM = 256
 class SharedPrefixPlan:
     """Which keys each run of queries of a packed row sees.
 
+    Completions that nothing is learnt from can be a second forward, without gradient, after the one that computed
+    their prompts: its plan names the plan before it, whose keys and values come first.
+
     Attributes:
-        batch: The packed row. Its segments cover it in order: a prompt with its first completion is one plain
-            causal run; every further completion is a run that also sees the prompt.
+        segments: They cover the queries in order: a prompt with its first completion is one plain causal run; every
+            further completion is a run that also sees the prompt.
+        position_ids: Of the queries, ``(T,)``.
+        after: The plan of the forward before, if this one goes on after it.
+        kept: Where a forward leaves the keys and values of its layers for one after it; None to leave none.
         backend: Force a backend; by default :func:`choose_backend` picks it.
     """
 
-    batch: PackedBatch
+    segments: Sequence[Segment]
+    position_ids: Tensor
+    after: "SharedPrefixPlan | None" = None
+    kept: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
     backend: Backend | None = None
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict, init=False)
 
     @cached_property
     def lengths(self) -> list[int]:
         """Queries a run."""
-        return [segment.end - segment.start for segment in self.batch.segments]
+        return [segment.end - segment.start for segment in self.segments]
+
+    @cached_property
+    def key_lengths(self) -> list[int]:
+        """Keys a run, those of the forward before first."""
+        return [*(self.after.lengths if self.after else ()), *self.lengths]
 
     @cached_property
     def prompts(self) -> list[tuple[int, int]]:
         """For each run the run that holds its prompt, and how many of that run's tokens it sees; (-1, 0) for none."""
-        first_at = {segment.start: index for index, segment in enumerate(self.batch.segments)}
+        runs = [*(self.after.segments if self.after else ()), *self.segments]
+        first_at = {segment.start: index for index, segment in enumerate(runs)}
         return [
             (first_at[s.prompt_start], s.prompt_end - s.prompt_start)
             if s.prompt_end > s.prompt_start
             else (-1, 0)
-            for s in self.batch.segments
+            for s in self.segments
         ]
 
     @cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Index of every key in the row, cumulated query and key lengths (int32), and the longest of both."""
-        device = self.batch.input_ids.device
+        device = self.position_ids.device
         keys = [
             torch.cat([torch.arange(s.prompt_start, s.prompt_end), torch.arange(s.start, s.end)])
-            for s in self.batch.segments
+            for s in self.segments
         ]
         key_lengths = [len(k) for k in keys]
 
@@ -81,37 +96,37 @@ class SharedPrefixPlan:
         index = torch.cat(keys).to(device, non_blocking=True)
         return index, offsets(self.lengths), offsets(key_lengths), max(self.lengths), max(key_lengths)
 
-    @cached_property
-    def _token_labels(self) -> tuple[Tensor, Tensor]:
-        """For each token its prompt group, and its completion (0 for the prompt itself)."""
-        groups, completions = [], []
-        for group, (prompt, lengths) in enumerate(
-            zip(self.batch.prompt_lengths, self.batch.completion_lengths, strict=True)
-        ):
-            groups.append(torch.full((prompt + sum(lengths),), group))
-            parts = [torch.zeros(prompt, dtype=torch.long)]
-            parts += [torch.full((length,), k) for k, length in enumerate(lengths, start=1)]
-            completions.append(torch.cat(parts))
-        device = self.batch.input_ids.device
-        return torch.cat(groups).to(device), torch.cat(completions).to(device)
+    def with_keys_before(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, those of the forward before first; left for one after it where asked."""
+        if self.kept is not None:
+            self.kept[module] = (key.detach(), value.detach())
+        if self.after is None or self.after.kept is None:
+            return key, value
+        key_before, value_before = self.after.kept[module]
+        return torch.cat([key_before, key], dim=2), torch.cat([value_before, value], dim=2)
 
     def block_mask(self, window: int | None) -> BlockMask:
         """FlexAttention's mask for a layer with this sliding window; built once a batch and window."""
-        masks = self._block_masks
-        if window not in masks:
-            group, completion = self._token_labels
-            position = self.batch.position_ids
+        if window not in self._block_masks:
+            self._block_masks[window] = self._new_block_mask(window)
+        return self._block_masks[window]
 
-            def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                own = (completion[key] == 0) | (completion[key] == completion[query])
-                allowed = (group[query] == group[key]) & own & (query >= key)
-                if window is not None:
-                    allowed = allowed & (position[query] - position[key] < window)
-                return allowed
+    def _new_block_mask(self, window: int | None) -> BlockMask:
+        device, before = self.position_ids.device, self.segments[0].start
+        places = torch.tensor(self.segments).repeat_interleave(torch.tensor(self.lengths), dim=0).to(device)
+        start, _, prompt_start, prompt_end = places.unbind(1)  # of the run of every query
+        position = self.position_ids
+        if self.after is not None:
+            position = torch.cat([self.after.position_ids, position])
 
-            size = len(position)
-            masks[window] = create_block_mask(sees, None, None, size, size, device=position.device)
-        return masks[window]
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            of_prompt = (key >= prompt_start[query]) & (key < prompt_end[query])
+            allowed = of_prompt | ((key >= start[query]) & (key <= query + before))
+            if window is not None:
+                allowed = allowed & (position[query + before] - position[key] < window)
+            return allowed
+
+        return create_block_mask(sees, None, None, len(start), len(position), device=device)
 
 
 def choose_backend(query: Tensor, *, softcap: float | None, sinks: Tensor | None, dropout: float) -> Backend:
@@ -180,6 +195,7 @@ def shared_prefix_attention(
             attention_mask = causal_mask(query.shape[2], key.shape[2], None, query.device)
         output = _eager(query, key, value, attention_mask, dropout, scaling, softcap, s_aux)
         return output.transpose(1, 2), None
+    key, value = shared_prefix.with_keys_before(module, key, value)
     backend = shared_prefix.backend or choose_backend(query, softcap=softcap, sinks=s_aux, dropout=dropout)
     if backend == "segments":
         return _by_segments(
@@ -202,9 +218,11 @@ def _by_segments(
     sinks: Tensor | None,
 ) -> Tensor:
     # `split` and not slices: the backward of a slice fills a tensor of the whole row, once a segment.
-    queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query, key, value))
+    queries = query.split(plan.lengths, dim=2)
+    keys, values = key.split(plan.key_lengths, dim=2), value.split(plan.key_lengths, dim=2)
+    own = slice(len(keys) - len(queries), None)
     outputs = []
-    for q, k, v, (prompt, seen) in zip(queries, keys, values, plan.prompts, strict=True):
+    for q, k, v, (prompt, seen) in zip(queries, keys[own], values[own], plan.prompts, strict=True):
         if seen:
             k = torch.cat([keys[prompt][:, :, :seen], k], dim=2)
             v = torch.cat([values[prompt][:, :, :seen], v], dim=2)

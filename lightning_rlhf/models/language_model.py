@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_rlhf.data.packing import PackedBatch
+from lightning_rlhf.data.packing import PackedBatch, PaddedBatch
 from lightning_rlhf.functional import TokenLogprobs, token_logprobs
 from lightning_rlhf.models import attention
 from lightning_rlhf.models.settings import Layout, check_choice
@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         with_collision: bool = False,
-        learned: Sequence[bool] | None = None,
+        learned: int | None = None,
     ) -> TokenLogprobs:
         """Score every target of a batch.
 
@@ -103,13 +103,13 @@ class LanguageModel(nn.Module):
             temperature: Divides the logits.
             with_entropy: Also return the entropy at every target.
             with_collision: Also return the logarithm of the collision probability at every target.
-            learned: Which completions are learnt from, one flag each; the values of the others have no gradient, so
-                that their logits are neither kept nor computed again. None for all.
+            learned: How many completions of a prompt are learnt from, its first ones; the values of the others have no
+                gradient, so that nothing of them is kept for a backward. None for all.
 
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
-        hidden = self.hidden_states(batch)
+        hidden = self.hidden_states(batch, learned=learned)
         score = partial(
             self.of_hidden,
             temperature=temperature,
@@ -118,7 +118,8 @@ class LanguageModel(nn.Module):
         )
         if learned is None or not torch.is_grad_enabled():
             return score(hidden, batch.targets)
-        here, others = _targets_by_flag(batch, learned)
+        first = zip(batch.are_first(learned), batch.num_targets, strict=True)
+        here, others = _by_flag([flag for flag, count in first for _ in range(count)], hidden.device)
         with_gradient = score(hidden[here], batch.targets[here])
         with torch.no_grad():
             without = score(hidden[others], batch.targets[others])
@@ -159,26 +160,74 @@ class LanguageModel(nn.Module):
         """Positions that are projected to the vocabulary at a time."""
         return max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size)
 
-    def hidden_states(self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors") -> Tensor:
-        """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion."""
+    def hidden_states(
+        self,
+        batch: PackedBatch,
+        at: Literal["predictors", "ends"] = "predictors",
+        *,
+        learned: int | None = None,
+    ) -> Tensor:
+        """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion.
+
+        With ``learned``, see :meth:`forward`, those of further completions are of a second forward without gradient.
+        """
         self._check_fits(batch)
-        decoder = self.causal_lm.get_decoder()
+        if (
+            not torch.is_grad_enabled()
+            or learned is None
+            or learned >= max(map(len, batch.completion_lengths))
+        ):
+            learned = None
         if self.layout_of(batch) == "padded":
             padded = batch.padded()
-            output = decoder(
-                input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+            return self._padded(padded, batch.are_first(learned)).index_select(0, getattr(padded, at))
+        return self._packed(batch, learned).index_select(0, getattr(batch, at))
+
+    def _padded(self, batch: PaddedBatch, learned: list[bool]) -> Tensor:
+        """The last hidden state at every place of every row, ``(N·L, H)``."""
+
+        def of_rows(rows: Tensor) -> Tensor:
+            output = self.causal_lm.get_decoder()(
+                input_ids=batch.input_ids[rows], attention_mask=batch.attention_mask[rows], use_cache=False
             )
-            return output.last_hidden_state.flatten(0, 1).index_select(0, getattr(padded, at))
-        output = decoder(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+            return cast(Tensor, output.last_hidden_state)
+
+        first, others = _by_flag(learned, batch.input_ids.device)
+        if not len(others):
+            return of_rows(first).flatten(0, 1)
+        hidden = of_rows(first)
+        with torch.no_grad():
+            after = of_rows(others)
+        return torch.cat([hidden, after])[torch.cat([first, others]).argsort()].flatten(0, 1)
+
+    def _packed(self, batch: PackedBatch, learned: int | None) -> Tensor:
+        """The last hidden state of every token of the row, ``(T, H)``."""
+        if learned is None:
+            plan = attention.SharedPrefixPlan(batch.segments, batch.position_ids)
+            return self._of_row(batch.input_ids, plan)
+        first, others = batch.parts(learned)
+        here, there = (part.tokens.to(batch.input_ids.device, non_blocking=True) for part in (first, others))
+        plan = attention.SharedPrefixPlan(first.segments, batch.position_ids[here], kept={})
+        hidden = self._of_row(batch.input_ids[here], plan)
+        with torch.no_grad():
+            following = attention.SharedPrefixPlan(others.segments, batch.position_ids[there], after=plan)
+            after = self._of_row(batch.input_ids[there], following)
+        plan.kept = (
+            None  # gradient checkpointing computes the first forward again, and need not keep them again
+        )
+        return torch.cat([hidden, after])[torch.cat([here, there]).argsort()]
+
+    def _of_row(self, input_ids: Tensor, plan: attention.SharedPrefixPlan) -> Tensor:
+        output = self.causal_lm.get_decoder()(
+            input_ids=input_ids[None],
+            position_ids=plan.position_ids[None],
             # A mask that is already four-dimensional is left as it is: Transformers would otherwise see positions
             # that restart and build a dense one. The attention reads the plan and never this tensor.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
             use_cache=False,
-            shared_prefix=attention.SharedPrefixPlan(batch),
+            shared_prefix=plan,
         )
-        return output.last_hidden_state[0].index_select(0, getattr(batch, at))
+        return cast(Tensor, output.last_hidden_state[0])
 
     def touch(self) -> None:
         """Nothing: what sharding does before a forward happens for this call alone."""
@@ -288,15 +337,13 @@ class LanguageModel(nn.Module):
         return self
 
 
-def _targets_by_flag(batch: PackedBatch, flags: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Indices of the targets of completions with a flag, and of those without."""
-    runs = torch.arange(len(batch.targets)).split(batch.num_targets)
-    nothing = torch.zeros(0, dtype=torch.long)
+def _by_flag(flags: Sequence[bool], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of what has a flag, and of what has none; by what the host knows, so that nothing waits."""
     marked, others = (
-        torch.cat([nothing, *(run for run, flag in zip(runs, flags, strict=True) if bool(flag) is wanted)])
+        torch.tensor([i for i, flag in enumerate(flags) if flag is wanted], dtype=torch.long)
         for wanted in (True, False)
     )
-    return marked.to(batch.targets.device), others.to(batch.targets.device)
+    return marked.to(device), others.to(device)
 
 
 LOGIT_TRANSFORMS: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -126,10 +126,12 @@ class World:
         num_completions: int = 6,
         split: Split = "train",
         seed: int = 0,
+        *,
+        writer: Callable[[Random], Style] = contestant,
     ) -> list[dict[str, str | list[str]]]:
         """Draw prompts with several different answers, and let an annotator sort each prompt's, once.
 
-        The answers are by the writers of :meth:`pairs`. For a reward model: K answers make K (K − 1) / 2 comparisons.
+        For a reward model: K answers make K (K − 1) / 2 comparisons.
 
         Args:
             n: How many prompts.
@@ -137,6 +139,8 @@ class World:
             num_completions: Answers to each prompt.
             split: ``train`` or ``val``.
             seed: Which draw.
+            writer: Whose answers, other than those of :meth:`pairs`. What is rare is learnt late: a reward model that
+                shall see a slip needs more of them than one answer in seven.
 
         Returns:
             Rows ``{"prompt": …, "completions": […]}``, the best completion first.
@@ -146,7 +150,7 @@ class World:
         for prompt in self.prompts(n, split, seed):
             answers: dict[str, None] = {}
             while len(answers) < num_completions:
-                answers[_answer(prompt, contestant, rng)] = None
+                answers[_answer(prompt, writer, rng)] = None
             rows.append({"prompt": prompt, "completions": annotator.rank(prompt, list(answers), labels)})
         return rows
 

@@ -1,11 +1,12 @@
 """What every competitor computes: the same model, the same batches, and how much arithmetic that is."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_rlhf.data.packing import PackedBatch, PromptGroup
+from lightning_rlhf.data.packing import PackedBatch, PromptGroup, Segment
 
 Task = Literal["dpo", "sft", "reward", "kto", "ranked", "ppo_model", "ppo_adapter", "generation"]
 VOCABULARY = 49_152
@@ -24,7 +25,6 @@ PASSES: dict[Task, int] = {
     "dpo": TRAINED + FORWARD,
     "sft": TRAINED,
     "reward": TRAINED,
-    "kto": TRAINED + FORWARD,
 }
 """Over policy and reference."""
 
@@ -150,12 +150,23 @@ def model_flops(batch: PackedBatch, task: Task) -> float:
     Returns:
         Weights of the layers on every token, causal attention, and the head on positions that predict a target.
     """
+    if task == "kto":  # nothing is learnt from the mismatched completions
+        learned, others = batch.parts(1)
+        first = sum(n for n, flag in zip(batch.num_targets, batch.are_first(1), strict=True) if flag)
+        return (TRAINED + FORWARD) * _weights(learned.segments, first) + 2 * FORWARD * _weights(
+            others.segments, len(batch.targets) - first
+        )
+    return float(PASSES[task]) * _weights(batch.segments, 0 if task == "reward" else len(batch.targets))
+
+
+def _weights(segments: Sequence[Segment], num_targets: int) -> float:
+    """Products of a weight and a number, and of two numbers in attention, in one forward."""
     body = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
-    seen = 0
-    for segment in batch.segments:
+    tokens = seen = 0
+    for segment in segments:
         length, prompt = segment.end - segment.start, segment.prompt_end - segment.prompt_start
+        tokens += length
         seen += length * prompt + length * (length + 1) // 2
     # a multiplication of queries and keys, and one of weights and values
     attention = LAYERS * 2 * HIDDEN * seen
-    head = 0 if task == "reward" else HIDDEN * VOCABULARY * len(batch.targets)
-    return float(PASSES[task]) * (body * len(batch.input_ids) + attention + head)
+    return float(body * tokens + attention + HIDDEN * VOCABULARY * num_targets)

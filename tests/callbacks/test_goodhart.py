@@ -196,7 +196,8 @@ def test_resumes_with_its_evaluations(trainer, tokenizer, llama_dir, tmp_path):
     run(monitor(), 2)
     resumed = run(monitor(), 4, tmp_path / "last.ckpt").history
     assert [one["step"] for one in resumed] == [one["step"] for one in whole] == [0, 2, 4, 6, 8]
-    assert resumed == whole
+    assert resumed == whole  # texts included
+    assert all(len(one["completions"]) == 4 for one in resumed)
     with pytest.raises(ValueError, match="held-out prompts are not those of the checkpoint"):
         run(monitor(num_prompts=3), 6, tmp_path / "last.ckpt")
 
@@ -206,6 +207,7 @@ def test_resumes_with_its_evaluations(trainer, tokenizer, llama_dir, tmp_path):
     [
         ({"every_n_steps": 0}, "every_n_steps"),
         ({"num_prompts": 1}, "num_prompts"),
+        ({"num_texts": -1}, r"num_texts \(-1\) not negative"),
         ({"on_alarm": "panic"}, "on_alarm must be warn, stop or raise_kl, got 'panic'"),
         ({"kl_factor": 1.0}, "kl_factor"),
     ],

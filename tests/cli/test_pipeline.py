@@ -71,6 +71,11 @@ def test_stages_run_on_what_the_former_made_and_finished_ones_are_skipped(progra
     assert used["init_args"]["reward"]["init_args"]["model"] == "pipeline/reward_model/model"
     saved = torch.load(tmp_path / "pipeline/ppo/checkpoints/end.ckpt", weights_only=True)
     assert (saved["algorithm"], saved["global_step"]) == ("PPO", 4)
+    assert program("report", "pipeline")[0] == 0
+    page = (tmp_path / "pipeline/report.html").read_text()
+    assert all(f"<h2>{name}</h2>" in page for name in ("sft: SFT", "reward_model: RewardModel", "ppo: PPO"))
+    assert f"torch {torch.__version__}".replace(" ", "\xa0") in page  # as fit recorded it
+    assert page.index('id="run-2"') > page.index("<h2>reward_model: RewardModel</h2>")
 
     code, printed, _ = program("pipeline", "--config", "tiny.yaml")
     assert code == 0

@@ -26,6 +26,20 @@ def test_segments_cover_the_row_once():
     assert [tuple(s) for s in batch.segments] == [(0, 5, 0, 0), (5, 6, 0, 3), (6, 8, 6, 6)]
 
 
+def test_parts_by_hand():
+    batch = pack([PromptGroup([1, 2], [[3], [4, 5], [6]]), PromptGroup([7], [[8, 9], [10]])])
+    first, others = batch.parts(1)
+    assert batch.input_ids[first.tokens].tolist() == [1, 2, 3, 7, 8, 9]
+    assert [tuple(s) for s in first.segments] == [(0, 3, 0, 0), (3, 6, 3, 3)]
+    assert batch.input_ids[others.tokens].tolist() == [4, 5, 6, 10]
+    assert [tuple(s) for s in others.segments] == [(6, 8, 0, 2), (8, 9, 0, 2), (9, 10, 3, 4)]
+    assert batch.are_first(1) == [True, False, False, True, False]
+    whole, nothing = batch.parts(3)
+    assert whole.segments == batch.segments
+    assert not nothing.segments
+    assert not len(nothing.tokens)
+
+
 def test_padded_is_the_same_text():
     batch = pack(GROUPS)
     padded = batch.padded()

@@ -56,21 +56,21 @@ def test_packed_equals_padded(name, batch):
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
-def test_completions_that_are_not_learnt_from(layout, batch):
+@pytest.mark.parametrize("name", ["LlamaConfig", "Gemma2Config", "MistralConfig", "GptOssConfig"])
+@pytest.mark.parametrize(("learned", "flags"), [(1, [1, 0, 1, 1, 0, 0]), (2, [1, 1, 1, 1, 1, 0])])
+def test_completions_that_are_not_learnt_from(layout, name, learned, flags, batch):
     """The values are the same; the gradient is that of the others."""
-    model, learned = (
-        LanguageModel(tiny("LlamaConfig"), layout=layout),
-        [True, False, True, False, False, True],
-    )
+    model = LanguageModel(tiny(name), layout=layout)
+    assert model.layout == layout
     weights = torch.linspace(1, 2, len(batch.targets))
 
     def run(weights, **how):
         model.zero_grad()
         tokens = model(batch, with_entropy=True, with_collision=True, **how)
         (weights * tokens.logprobs).sum().backward()
-        return tokens, torch.cat([p.grad.flatten() for p in model.parameters()])
+        return tokens, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    counts = torch.tensor(learned).repeat_interleave(batch.target_lengths)
+    counts = torch.tensor(flags).repeat_interleave(batch.target_lengths)
     expected, all_learnt = run(weights)
     masked = run(weights * counts)[1]
     found, gradient = run(weights, learned=learned)
@@ -155,15 +155,38 @@ def test_flex_equals_segments(batch, window, softcap):
             None,
             sliding_window=window,
             softcap=softcap,
-            shared_prefix=A.SharedPrefixPlan(batch, backend=backend),
+            shared_prefix=A.SharedPrefixPlan(batch.segments, batch.position_ids, backend=backend),
         )[0]
         for backend in ("segments", "flex")
     ]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_flex_and_varlen_after_a_forward_before(batch, window):
+    """The second forward gives every completion that it holds what one forward over the whole row gives it."""
+    query, key, value = torch.randn(3, 1, 2, len(batch.input_ids), 8)
+    layer = torch.nn.Identity()
+
+    def attend(plan, tokens=slice(None)):
+        tensors = (tensor[:, :, tokens] for tensor in (query, key, value))
+        how = {"sliding_window": window, "shared_prefix": plan}
+        return A.shared_prefix_attention(layer, *tensors, None, **how)[0]
+
+    whole = attend(A.SharedPrefixPlan(batch.segments, batch.position_ids))
+    first, others = batch.parts(1)
+    plan = A.SharedPrefixPlan(first.segments, batch.position_ids[first.tokens], kept={})
+    torch.testing.assert_close(attend(plan, first.tokens), whole[:, first.tokens])
+    for backend in ("segments", "flex"):
+        following = A.SharedPrefixPlan(
+            others.segments, batch.position_ids[others.tokens], after=plan, backend=backend
+        )
+        torch.testing.assert_close(attend(following, others.tokens), whole[:, others.tokens])
+
+
 def test_the_varlen_plan_by_hand():
-    plan = A.SharedPrefixPlan(pack([PromptGroup([1, 2], [[3], [4, 5]]), PromptGroup([6], [[7]])]))
+    batch = pack([PromptGroup([1, 2], [[3], [4, 5]]), PromptGroup([6], [[7]])])
+    plan = A.SharedPrefixPlan(batch.segments, batch.position_ids)
     index, queries, keys, longest_query, longest_key = plan.varlen
     assert index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6]
     assert queries.tolist() == [0, 3, 5, 7]
@@ -173,7 +196,7 @@ def test_the_varlen_plan_by_hand():
 
 def test_varlen_keys_and_offsets_give_the_segments_result(batch):
     """The CUDA kernel's contract, computed by its definition: causal, aligned to the last query and key."""
-    plan = A.SharedPrefixPlan(batch)
+    plan = A.SharedPrefixPlan(batch.segments, batch.position_ids)
     index, queries, keys, *_ = plan.varlen
     query, key, value = torch.randn(3, 1, 2, len(batch.input_ids), 8)
     expected, _ = A.shared_prefix_attention(torch.nn.Identity(), query, key, value, None, shared_prefix=plan)
