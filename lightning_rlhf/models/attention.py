@@ -336,7 +336,7 @@ def _by_varlen(
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Any]:
-    return cast(Callable[..., Any], torch.compile(flex_attention, dynamic=True))
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _by_flex(
@@ -355,7 +355,8 @@ def _by_flex(
         return score if cap is None else cap * torch.tanh(score / cap)
 
     # Uncompiled it is FlexAttention's own reference, which is how it is tested where there is no GPU.
-    run: Callable[..., Any] = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    reference = cast(Callable[..., Any], flex_attention)
+    run = _compiled_flex() if query.device.type == "cuda" else reference
     output, aux = run(
         query,
         key,
