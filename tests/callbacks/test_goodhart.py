@@ -83,6 +83,7 @@ def test_writes_logs_and_measures(trainer, tokenizer, llama, tmp_path):
     assert content["curve"]["gold"] == pytest.approx([-z for z in content["curve"]["proxy"]])
     assert content["latest"]["goodhart/correlation"] == pytest.approx(-1)
     assert content["latest"]["goodhart/excess_gap"] == pytest.approx(0, abs=1e-9)
+    assert 0 < content["latest"]["goodhart/time_share"] < 1
     assert content["latest"]["goodhart/alpha"] is None  # three evaluations are too few to fit
     assert (tmp_path / "goodhart" / "goodhart.png").stat().st_size > 5000
     assert run.callback_metrics["goodhart/gold"].item() == pytest.approx(content["curve"]["gold"][2])
