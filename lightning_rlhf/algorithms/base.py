@@ -8,18 +8,28 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_rlhf.algorithms.checkpoints import (
+    beside_parameters,
+    by_parameter,
+    require_fit,
+    require_shapes,
+    shapes,
+)
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
+from lightning_rlhf.algorithms.strategies import keeps_gradients, mean_over_ranks
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import Mean, Total
 from lightning_rlhf.models import LanguageModel, Policy, load_language_model, load_tokenizer
 from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.settings import from_plain
+from lightning_rlhf.models.sharding import data_parallel, reshard, shard_all
 
 HALF_PRECISION = ("bf16-true", "16-true")
 
@@ -88,6 +98,8 @@ class Algorithm(L.LightningModule):
         if "policy" not in self._modules and self.policy_settings is not None:
             self.policy = load_language_model(self.policy_settings)
             self.on_policy_loaded()
+        if self.device_mesh is not None:
+            shard_all(self, data_parallel(self.device_mesh))
 
     def on_policy_loaded(self) -> None:
         """What an algorithm does with the untrained policy, such as making its reference."""
@@ -143,16 +155,23 @@ class Algorithm(L.LightningModule):
             batch: Where they come from.
 
         Returns:
-            The sum of the losses.
+            The sum of the losses; where a strategy keeps the gradients to itself (DeepSpeed), their mean over ranks.
         """
-        total = losses.sum()
         self._counted = self._counted + losses.numel()
-        self._loss_sum = self._loss_sum + total.detach()
         self._rows.extend(batch.row_ids)
+        return self.step_sum(losses)
+
+    def step_sum(self, losses: Tensor) -> Tensor:
+        """Further losses of tokens or pairs that :meth:`step_mean` has counted: their sum."""
+        total = losses.sum()
+        self._loss_sum = self._loss_sum + total.detach()
+        if self._trainer is not None and keeps_gradients(self.trainer.strategy):
+            return mean_over_ranks(losses, self.trainer.world_size)
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the gradient of Lightning's scaled sum into that of the mean, and stop on a non-finite loss."""
+        reshard(self)  # gathered weights would be those of before the step
         window = torch.stack(
             [
                 torch.as_tensor(x, dtype=torch.float64, device=self.device)
@@ -164,12 +183,14 @@ class Algorithm(L.LightningModule):
         counted, loss_sum = window.tolist()  # the one host synchronisation of a step
         if not torch.isfinite(window[1]):
             self._stop_on_non_finite(loss_sum)
+        self._counted, self._loss_sum, self._rows, self._stepped = 0, 0.0, [], True
+        if keeps_gradients(self.trainer.strategy):
+            return  # they are of the mean already
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(counted, 1)
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         torch._foreach_mul_(gradients, scale)
-        self._counted, self._loss_sum, self._rows, self._stepped = 0, 0.0, [], True
 
     def _stop_on_non_finite(self, loss: float) -> NoReturn:
         checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -267,33 +288,40 @@ class Algorithm(L.LightningModule):
         Raises:
             RuntimeError: If an adapter, head or trained weight is missing, unknown or of another shape.
         """
-        own = self.state_dict()
-        expected, found = set(own), set(state_dict)
-        if strict and expected != found:
-            missing, unknown = sorted(expected - found)[:5], sorted(found - expected)[:5]
-            raise RuntimeError(
-                f"the checkpoint does not fit this {type(self).__name__}: missing {missing}, unknown {unknown} (first "
-                "five each). Was it trained with another policy, or with other LoRA settings?"
-            )
-        for name in sorted(expected & found):
-            # What modules keep as extra state is no tensor.
-            if isinstance(own[name], Tensor) and own[name].shape != state_dict[name].shape:
-                raise RuntimeError(
-                    f"the checkpoint does not fit this {type(self).__name__}: {name} has the shape "
-                    f"{tuple(state_dict[name].shape)} in it, {tuple(own[name].shape)} here. Was it trained with "
-                    "another policy, or with other LoRA settings?"
-                )
+        expected, found = shapes(self.state_dict()), shapes(state_dict)
+        if strict:
+            require_fit(expected, found, type(self).__name__)
+        require_shapes(expected, found, type(self).__name__)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
+    @property
+    def strict_loading(self) -> bool:
+        """As in Lightning; False under FSDP2, which would ask for frozen bases: :meth:`on_load_checkpoint` looks."""
+        return self.device_mesh is None and super().strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict: bool) -> None:
+        L.LightningModule.strict_loading.fset(self, strict)  # type: ignore[attr-defined]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which algorithm this is."""
+        """Write down which algorithm this is, and what FSDP2 needs to go on from it."""
         checkpoint["algorithm"] = type(self).__name__
+        state = self.state_dict()
+        checkpoint["shapes"] = shapes(state)
+        checkpoint["beside_parameters"] = beside_parameters(state, dict(self.named_parameters()))
+        states = checkpoint.get("optimizer_states", [])
+        if states and isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            checkpoint["optimizer_states"] = [
+                by_parameter(optimizer_state, optimizer.param_groups, self.parameters())
+                for optimizer_state, optimizer in zip(states, self.trainer.optimizers, strict=True)
+            ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another algorithm.
+        """Refuse the checkpoint of another algorithm; under FSDP2, load what a strategy leaves out.
 
         Raises:
             ValueError: If it is one.
+            RuntimeError: If its weights do not fit; see :meth:`load_state_dict`.
         """
         found = checkpoint.get("algorithm")
         if found != type(self).__name__:
@@ -301,6 +329,9 @@ class Algorithm(L.LightningModule):
                 f"this is a checkpoint of {found or 'something else'}, not of {type(self).__name__}: to start from "
                 "its weights, export it with `lightning-rlhf export` and give the directory as the policy's path"
             )
+        if self.device_mesh is not None:
+            require_fit(shapes(self.state_dict()), checkpoint["shapes"], type(self).__name__)
+            super().load_state_dict(checkpoint["beside_parameters"], strict=False)
 
 
 def metric_key(stage: str, name: str) -> str:

@@ -1,11 +1,12 @@
 """Algorithms that sample from the policy they train: a rollout, its scores, and how far it is from the reference."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.algorithms.rollout import Rollout, prompt_seeds, sample_rollout
+from lightning_rlhf.algorithms.strategies import require_sampling
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import TokenComparison
@@ -23,6 +25,8 @@ from lightning_rlhf.rewards import Reward, Samples, score
 
 KL, K1, K3 = "objective/kl", "objective/kl_k1", "objective/kl_k3"
 GREEDY = "objective/scores_greedy"
+
+Result = TypeVar("Result")
 
 
 def require_prompts(batch: Any) -> None:  # noqa: ANN401 - whatever a loader gave
@@ -103,6 +107,10 @@ class Online(Referenced):
         super().on_policy_loaded()
         self.reward.attach(self.policy, self.tokenizer)
 
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy under which nothing can be sampled."""
+        require_sampling(self.trainer, type(self).__name__)
+
     # --- a rollout ------------------------------------------------------------------------------------------------
 
     def sample(self, batch: PromptBatch, sampling: Sampling | None = None) -> Rollout:
@@ -137,9 +145,31 @@ class Online(Referenced):
     @torch.no_grad()
     def compare_all(self, rollout: Rollout) -> dict[str, Tensor]:
         """What policy and reference say of every token of all samples, each ``(M,)``."""
-        batches = (packed.to(self.device) for packed in rollout.in_order(self.sampling.batch_size))
-        parts = [self.compare(self.policy.hidden_states(packed), packed) for packed in batches]
+        batches = rollout.in_order(self.sampling.batch_size)
+        parts = self.on_all_ranks(
+            lambda packed: self.compare(self.policy.hidden_states(packed), packed), batches
+        )
         return dict(zip(TokenComparison._fields, map(torch.cat, zip(*parts, strict=True)), strict=True))
+
+    def on_all_ranks(
+        self, run: Callable[[PackedBatch], Result], batches: Iterable[PackedBatch]
+    ) -> list[Result]:
+        """Run forwards without gradient on batches, moved to the device.
+
+        Where weights are sharded, every rank runs as many as the one that has most: each forward gathers weights from
+        all ranks.
+        """
+        found, batch = [], None
+        for packed in batches:
+            batch = packed.to(self.device)
+            found.append(run(batch))
+        assert batch is not None
+        if self.device_mesh is not None:
+            most = torch.tensor(len(found), device=self.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            for _ in range(int(most) - len(found)):
+                run(batch)
+        return found
 
     def record_rollout(
         self, stage: str, rollout: Rollout, scores: Tensor, known: Mapping[str, Tensor]

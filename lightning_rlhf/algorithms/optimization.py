@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -75,11 +76,16 @@ def build_optimizer(
         The optimizer; for each rate, one group that decays and one that does not.
 
     Raises:
-        ValueError: If nothing is trainable.
+        ValueError: If nothing is trainable, or an optimizer of bitsandbytes is asked for sharded parameters.
     """
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
+            if isinstance(parameter, DTensor) and settings.name not in ("adamw", "sgd"):
+                raise ValueError(
+                    f"optimization.name is {settings.name!r}, and bitsandbytes cannot update weights that are "
+                    "sharded by FSDP2: use adamw"
+                )
             lr = settings.lr if lr_of is None else lr_of(name)
             if LORA_B.search(name):
                 lr *= settings.lora_plus_ratio

@@ -18,7 +18,7 @@ from lightning_rlhf.algorithms.kl_controller import KLControl, KLController
 from lightning_rlhf.algorithms.online import Online, require_prompts
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.rollout import Micro, Rollout, shuffled
-from lightning_rlhf.algorithms.rollout_steps import require_whole_rollouts, total_steps
+from lightning_rlhf.algorithms.rollout_steps import require_equal_passes, require_whole_rollouts, total_steps
 from lightning_rlhf.algorithms.update import Update
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.mix import PRETRAIN, PROMPTS
@@ -147,6 +147,7 @@ class PPO(Online):
         """Sample, score, estimate advantages, optimise."""
         rollout = self.sample(self.prompts_of(batch))
         text = self.text_of(batch)
+        require_equal_passes(self.trainer, len(rollout), self.update, sharded=self.device_mesh is not None)
         self.rollout_size = len(rollout)
         scores = self.score("train", rollout.samples)
         known = self.evaluate(rollout)
@@ -162,19 +163,18 @@ class PPO(Online):
     def in_order(self, rollout: Rollout) -> Iterator[PackedBatch]:
         """A rollout in forwards of bounded size, as while it is learned from, but for prompts that stay whole."""
         size = self.update.micro_batch_size or self.update.minibatch_size
-        for batch in rollout.in_order(size, self.update.micro_batch_tokens):
-            yield batch.to(self.device)
+        return rollout.in_order(size, self.update.micro_batch_tokens)
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> dict[str, Tensor]:
         """What policy, reference and critic say of every token before anything is learned, each ``(M,)``."""
-        parts: list[dict[str, Tensor]] = []
-        for batch in self.in_order(rollout):
+
+        def ask(batch: PackedBatch) -> dict[str, Tensor]:
             hidden = self.policy.hidden_states(batch)
-            found = self.compare(hidden, batch)
-            parts.append(found._asdict())
-            if self.estimator.needs_values:
-                parts[-1]["values"] = self.critic(batch, hidden)
+            found = self.compare(hidden, batch)._asdict()
+            return {**found, "values": self.critic(batch, hidden)} if self.estimator.needs_values else found
+
+        parts = self.on_all_ranks(ask, self.in_order(rollout))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def estimate(self, rollout: Rollout, scores: Tensor, known: Mapping[str, Tensor]) -> Estimate:
@@ -213,7 +213,7 @@ class PPO(Online):
         """The critic's value after the last token of completions that were cut off, ``(N,)``."""
         if not (isinstance(self.estimator, GAE) and self.estimator.bootstrap_truncated):
             return None
-        values = torch.cat([self.critic.at_ends(batch) for batch in self.in_order(rollout)])
+        values = torch.cat(self.on_all_ranks(self.critic.at_ends, self.in_order(rollout)))
         return values * torch.tensor(rollout.samples.truncated, device=values.device)
 
     def optimise(
@@ -253,17 +253,42 @@ class PPO(Online):
         """Add the gradient of some completions; returns ½ (log π − log π_old)² of their tokens."""
         batch, known = micro
         hidden = self.policy.hidden_states(batch)
+        losses, moved = self.policy_losses(batch, hidden, known)
+        total = self.step_mean(self.averaged(losses, batch), batch)
+        if "returns" in known:
+            if self.critic_apart:
+                self.manual_backward(total)
+                total = total.new_zeros(())
+            losses = self.update.value_coef * self.value_losses(batch, hidden, known)
+            total = total + self.step_sum(self.averaged(losses, batch))
+        self.manual_backward(total)
+        return moved
+
+    @property
+    def critic_apart(self) -> bool:
+        """Whether the critic has a backward of its own: its activations and the policy's are then never there together.
+
+        Not where they share a trunk, nor where gradients are averaged over ranks: DDP expects all in one backward.
+        """
+        return self.critic.kind != "head" and not isinstance(self.trainer.strategy, ParallelStrategy)
+
+    def averaged(self, losses: Tensor, batch: PackedBatch) -> Tensor:
+        """What a step is the mean of: the losses of tokens, or their means over sequences."""
+        if self.update.average == "tokens":
+            return losses
+        return RF.sum_by_sequence(losses, batch.target_lengths) / batch.target_lengths
+
+    def policy_losses(
+        self, batch: PackedBatch, hidden: Tensor, known: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The policy's loss of every token, and how far it has moved there, each ``(M,)``."""
         bonus = self.update.entropy_coef > 0
         now = self.policy.of_hidden(
             hidden, batch.targets, temperature=self.sampling.temperature, with_entropy=bonus
         )
+        arguments = (known["logprobs"], known["advantages"])
         clip = self.update.clip_range
-        policy_loss = RF.ppo_policy_loss(
-            now.logprobs, known["logprobs"], known["advantages"], clip_range=clip
-        )
-        losses = policy_loss * known.get("weights", 1.0)
-        if now.entropy is not None:
-            losses = losses - self.update.entropy_coef * now.entropy
+        losses = RF.ppo_policy_loss(now.logprobs, *arguments, clip_range=clip)
         detached = now.logprobs.detach()
         moved = RF.approx_kl(detached, known["logprobs"])
         self.assert_ratio_is_one(detached, known["logprobs"])
@@ -271,20 +296,25 @@ class PPO(Online):
             "train",
             {
                 "policy/approxkl_avg": moved,
-                "policy/clipfrac_avg": RF.clip_fraction(
-                    detached, known["logprobs"], known["advantages"], clip_range=clip
-                ),
+                "policy/clipfrac_avg": RF.clip_fraction(detached, *arguments, clip_range=clip),
                 "policy/ratio": RF.ratio(detached, known["logprobs"]),
-                "loss/policy_avg": policy_loss.detach(),
+                "loss/policy_avg": losses.detach(),
             },
         )
-        if "returns" in known:
-            losses = losses + self.update.value_coef * self.value_losses(batch, hidden, known)
-        if self.update.average == "sequences":
-            lengths = batch.target_lengths
-            losses = RF.sum_by_sequence(losses, lengths) / lengths
-        self.manual_backward(self.step_mean(losses, batch))
-        return moved
+        losses = losses * known.get("weights", 1.0)
+        if now.entropy is not None:
+            losses = losses - self.update.entropy_coef * now.entropy
+        return losses, moved
+
+    def value_losses(self, batch: PackedBatch, hidden: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+        """The critic's loss of every token, ``(M,)``."""
+        values = self.critic(batch, hidden)
+        arguments = (known["values"], known["returns"])
+        clip = self.update.value_clip_range
+        losses = RF.ppo_value_loss(values, *arguments, value_clip_range=clip)
+        clipped = RF.value_clip_fraction(values.detach(), *arguments, value_clip_range=clip)
+        self.record_values("train", {"loss/value_avg": losses.detach(), "value/clipfrac_avg": clipped})
+        return losses
 
     def prompts_of(self, batch: PromptBatch | Mapping[str, Any]) -> PromptBatch:
         """The prompts of a batch, which may have the text of PPO-ptx beside them."""
@@ -319,16 +349,6 @@ class PPO(Online):
         counted = len(minibatch) if by_sequence else sum(rollout.lengths[index] for index in minibatch)
         with self.unsynchronised():
             self.manual_backward(self.update.pretrain_coef * counted * losses.mean())
-
-    def value_losses(self, batch: PackedBatch, hidden: Tensor, known: Mapping[str, Tensor]) -> Tensor:
-        """The critic's loss of every token, ``(M,)``."""
-        values = self.critic(batch, hidden)
-        arguments = (known["values"], known["returns"])
-        clip = self.update.value_clip_range
-        losses = RF.ppo_value_loss(values, *arguments, value_clip_range=clip)
-        clipped = RF.value_clip_fraction(values.detach(), *arguments, value_clip_range=clip)
-        self.record_values("train", {"loss/value_avg": losses.detach(), "value/clipfrac_avg": clipped})
-        return losses
 
     def assert_ratio_is_one(self, logprobs: Tensor, old_logprobs: Tensor) -> None:
         """At the very first step the policy is still the one that sampled, so every ratio is 1 up to rounding."""

@@ -14,6 +14,7 @@ from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models import LanguageModel, Reference
 from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.reference import ReferenceKind, reference_kind
+from lightning_rlhf.models.sharding import gathered
 
 
 class ReferenceCache:
@@ -61,12 +62,16 @@ class ReferenceCache:
         Raises:
             ValueError: If there is no datamodule, or training is resumed and the file is gone.
         """
-        data = trainer.datamodule
-        if data is None:
+        if trainer.datamodule is None:
             raise ValueError(
                 "precompute_reference needs the data by a datamodule, trainer.fit(module, datamodule=…): row ids "
                 "of a plain DataLoader say nothing about its data"
             )
+        with gathered(*reference.language_models):
+            self._prepare(reference, trainer, splits)
+
+    def _prepare(self, reference: Reference, trainer: Any, splits: Iterable[str]) -> None:  # noqa: ANN401
+        data = trainer.datamodule
         weights = self.fingerprint or weights_fingerprint(reference.model, without_adapter=False)
         if self.ld_alpha != 1.0:
             weights += f"ld_alpha={self.ld_alpha}"

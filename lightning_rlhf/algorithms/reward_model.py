@@ -124,6 +124,18 @@ class RewardModel(Algorithm):
         if self.policy_settings is None:
             self.on_policy_loaded()
 
+    def configure_model(self) -> None:
+        """Load the policy and its heads, and shard them where the strategy does.
+
+        Raises:
+            ValueError: If there are length heads to be sharded, whose losses need the weights outside of a forward.
+        """
+        super().configure_model()
+        if self.device_mesh is not None and self.odin is not None:
+            raise ValueError(
+                "odin does not train under FSDP2 (ModelParallelStrategy): use DDP, or leave odin out"
+            )
+
     # --- members --------------------------------------------------------------------------------------------------
 
     def on_policy_loaded(self) -> None:

@@ -16,6 +16,7 @@ from lightning_rlhf.functional import sum_by_sequence
 from lightning_rlhf.generation import Generator, Sampling
 from lightning_rlhf.models import LanguageModel, Reference
 from lightning_rlhf.models.modes import in_eval_mode
+from lightning_rlhf.models.sharding import gathered
 from lightning_rlhf.rewards import Reward, score
 
 
@@ -164,9 +165,10 @@ def sampled_kl(rollout: Rollout, policy: LanguageModel, reference: Reference, sa
     """KL(π‖π_ref) of each of a policy's own samples, the vocabulary summed out at every token, ``(N,)``, in nats."""
     device = next(policy.parameters()).device
     found = []
-    for batch in rollout.in_order(sampling.batch_size):
-        batch = batch.to(device)
-        hidden = policy.hidden_states(batch)
-        tokens = reference.compare(hidden, batch, temperature=sampling.temperature).kl
-        found.append(sum_by_sequence(tokens, batch.target_lengths))
+    with gathered(policy, *reference.language_models):
+        for batch in rollout.in_order(sampling.batch_size):
+            batch = batch.to(device)
+            hidden = policy.hidden_states(batch)
+            tokens = reference.compare(hidden, batch, temperature=sampling.temperature).kl
+            found.append(sum_by_sequence(tokens, batch.target_lengths))
     return torch.cat(found)

@@ -12,6 +12,8 @@ from lightning_rlhf.algorithms import DPO
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 from lightning_rlhf.functional import kl_k3, sum_by_sequence
 from lightning_rlhf.generation import Sampling, generate
+from lightning_rlhf.models import Reference
+from lightning_rlhf.models.sharding import gathered
 
 
 class HeldOutKL(Callback):
@@ -94,6 +96,13 @@ def prompts_of(batch: PackedBatch) -> list[list[int]]:
 def sampled_kl(module: DPO, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Tensor:
     """The k3 estimate for each sampled completion, ``(N,)``, in nats; the module has a reference."""
     assert module.reference is not None
+    with gathered(module.policy, *module.reference.language_models):
+        return torch.cat(_estimates(module, module.reference, prompts, sampling))
+
+
+def _estimates(
+    module: DPO, reference: Reference, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[Tensor]:
     samples = list(generate(module.policy, module.tokenizer, prompts, sampling))
     estimates = []
     for start in range(0, len(samples), sampling.batch_size):
@@ -102,6 +111,6 @@ def sampled_kl(module: DPO, prompts: Sequence[Sequence[int]], sampling: Sampling
             for of_prompt in samples[start : start + sampling.batch_size]
         )
         batch = pack(groups).to(module.device)
-        tokens = kl_k3(module.policy(batch).logprobs, module.reference.logprobs(batch))
+        tokens = kl_k3(module.policy(batch).logprobs, reference.logprobs(batch))
         estimates.append(sum_by_sequence(tokens, batch.target_lengths))
-    return torch.cat(estimates)
+    return estimates

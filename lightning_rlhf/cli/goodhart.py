@@ -118,7 +118,7 @@ def runs_of(
     seeded = {name: seeded_stage(stage, seed) for name, stage in stages.items()}
     pipeline({**seeded, **{name: stage for name, (_, _, stage) in planned.items()}}, output)
     return [
-        read_run(setting, coef, seed, evaluations(output / name))
+        read_run(setting, coef, seed, written_by_monitor(output / name))
         for name, (setting, coef, _) in planned.items()
     ]
 
@@ -182,8 +182,8 @@ def known(value: Any, numbers: Mapping[str, float]) -> Any:  # noqa: ANN401 - an
     return with_texts(value, fill)
 
 
-def evaluations(folder: Path) -> Path:
-    """What the monitor of a stage wrote; of an interrupted one the last, which has all.
+def written_by_monitor(folder: Path) -> Path:
+    """The folder of what the monitor of a stage wrote; of an interrupted one the last, which has all.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -191,7 +191,7 @@ def evaluations(folder: Path) -> Path:
     found = sorted(folder.glob("run/**/goodhart/evaluations.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"{folder} has no goodhart/evaluations.json: `run` needs a GoodhartMonitor")
-    return found[-1]
+    return found[-1].parent
 
 
 def write(runs: list[Run], folder: Path) -> None:

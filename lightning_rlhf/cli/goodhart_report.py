@@ -30,6 +30,7 @@ class Run:
         kl: KL from the start in nats, ``(T, P)``, float64.
         proxy: What was maximised, ``(T, P)``.
         gold: What it stands for, ``(T, P)``.
+        alarm: The evaluation at which the monitor first gave an alarm; None where it gave none.
     """
 
     setting: str
@@ -38,15 +39,18 @@ class Run:
     kl: Tensor
     proxy: Tensor
     gold: Tensor
+    alarm: int | None = None
 
 
-def read_run(setting: str, coef: float, seed: int, evaluations: Path) -> Run:
-    """A run from the ``evaluations.json`` of its monitor."""
-    history = json.loads(evaluations.read_text())
+def read_run(setting: str, coef: float, seed: int, folder: Path) -> Run:
+    """A run from what its monitor wrote: ``evaluations.json`` and ``goodhart.json`` in a folder."""
+    history = json.loads((folder / "evaluations.json").read_text())
+    alarms = json.loads((folder / "goodhart.json").read_text())["alarms"]
+    steps = [one["step"] for one in history]
     kl, proxy, gold = (
         torch.tensor([one[name] for one in history], dtype=torch.float64) for name in ("kl", "proxy", "gold")
     )
-    return Run(setting, coef, seed, kl, proxy, gold)
+    return Run(setting, coef, seed, kl, proxy, gold, steps.index(alarms[0]) if alarms else None)
 
 
 class Outcome(NamedTuple):
@@ -55,6 +59,10 @@ class Outcome(NamedTuple):
     Attributes:
         best: Gold gained over the start where it is best: chosen on the prompts of even places, measured on the others.
         best_kl: KL there, in nats.
+        missed: By how much another evaluation was better on the prompts of odd places, less what its 95% interval
+            allows for, prompt by prompt; 0 where the chosen one is within the interval of the best.
+        alarm_kl: KL at the monitor's first alarm; infinite where there was none.
+        alarm: Gold gained over the start there, on the prompts of odd places; nan where there was none.
         lost_kl: KL at the first evaluation, after that, at which gold is below the start by more than its 95%
             interval, prompt by prompt; infinite where there is none.
         end: Gold gained over the start at the end.
@@ -64,6 +72,9 @@ class Outcome(NamedTuple):
 
     best: float
     best_kl: float
+    missed: float
+    alarm_kl: float
+    alarm: float
     lost_kl: float
     end: float
     end_proxy: float
@@ -77,16 +88,22 @@ def outcome(run: Run) -> Outcome:
         >>> gold = torch.tensor([[0.0, 0.0], [2.0, 1.0], [-9.0, -9.0]]).repeat(1, 8).double()
         >>> kl = torch.arange(3.0).double()[:, None].expand_as(gold)
         >>> outcome(Run("plain", 0.0, 0, kl, kl, gold))
-        Outcome(best=1.0, best_kl=1.0, lost_kl=2.0, end=-9.0, end_proxy=2.0, end_kl=2.0)
+        Outcome(best=1.0, best_kl=1.0, missed=0.0, alarm_kl=inf, alarm=nan, lost_kl=2.0, end=-9.0, ...)
     """
     gains = run.gold - run.gold[0]
     best = int(gains[:, 0::2].mean(1).argmax())
     kl = run.kl.mean(1)
     errors = gains.std(1) / gains.shape[1] ** 0.5
+    others = gains[:, 1::2]
+    better = others - others[best]
+    missed = better.mean(1) - Z * better.std(1) / better.shape[1] ** 0.5
     lost = (gains.mean(1) < -Z * errors) & (torch.arange(len(gains)) > best)
     return Outcome(
-        gains[best, 1::2].mean().item(),
+        others[best].mean().item(),
         kl[best].item(),
+        max(0.0, missed.max().item()),
+        math.inf if run.alarm is None else kl[run.alarm].item(),
+        math.nan if run.alarm is None else others[run.alarm].mean().item(),
         kl[int(lost.int().argmax())].item() if lost.any() else math.inf,
         gains[-1].mean().item(),
         (run.proxy[-1] - run.proxy[0]).mean().item(),
@@ -122,6 +139,9 @@ COLUMNS = (
     "seeds",
     "gold gained at its best",
     "KL there (nats)",
+    "alarms",
+    "KL there (nats)",
+    "gold gained there",
     "gold below its start",
     "KL there (nats)",
     "gold gained at the end",
@@ -136,14 +156,18 @@ def markdown(runs: Sequence[Run]) -> str:
     for (setting, coef), several in grouped(runs).items():
         found = [outcome(run) for run in several]
         lost = [one.lost_kl for one in found if math.isfinite(one.lost_kl)]
+        alarmed = [one for one in found if math.isfinite(one.alarm_kl)]
         cells = [
             setting,
             f"{coef:g}",
             str(len(several)),
             _cell([one.best for one in found]),
             _cell([one.best_kl for one in found]),
+            f"{len(alarmed)} of {len(several)}",
+            _cell([one.alarm_kl for one in alarmed]),
+            _cell([one.alarm for one in alarmed]),
             f"{len(lost)} of {len(several)}",
-            _cell(lost) if lost else "",
+            _cell(lost),
             _cell([one.end for one in found]),
             _cell([one.end_proxy for one in found]),
             _cell([one.end_kl for one in found]),
@@ -152,13 +176,15 @@ def markdown(runs: Sequence[Run]) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     notes = (
         "± is half of a 95% interval over seeds (Student). The best evaluation of a run is chosen on half of the "
-        "prompts and measured on the other half. Gold is below its start where the difference, prompt by prompt, is "
-        "below 0 by more than its 95% interval, after the best evaluation."
+        "prompts and measured on the other half, as is the gold at the monitor's first alarm. Gold is below its start "
+        "where the difference, prompt by prompt, is below 0 by more than its 95% interval, after the best evaluation."
     )
     return f"{table}\n\n{notes}\n"
 
 
 def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean, half = mean_and_interval(values)
     return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
 

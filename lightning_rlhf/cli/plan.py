@@ -1,8 +1,9 @@
 """What the quickstart trains, on what and at what size."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from lightning_rlhf.cli.generate import write_rows
@@ -10,7 +11,7 @@ from lightning_rlhf.cli.pipeline import TrainingStage
 from lightning_rlhf.sandbox.annotator import Annotator
 from lightning_rlhf.sandbox.create import create_sandbox
 from lightning_rlhf.sandbox.world import World
-from lightning_rlhf.sandbox.writing import SLIP
+from lightning_rlhf.sandbox.writing import Style, contestant
 
 RECIPES = Path(__file__).with_name("quickstart_recipes")
 """A recipe a stage, for ``lightning-rlhf fit`` as well; part of the package."""
@@ -62,6 +63,21 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Rankings:
+    """Prompts with several answers, sorted by an annotator, to train a reward model on.
+
+    Attributes:
+        num_prompts: How many.
+        num_completions: Answers to each.
+        writer: Whose answers they are.
+    """
+
+    num_prompts: int
+    num_completions: int = 6
+    writer: Callable[[Random], Style] = contestant
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a quickstart does, and at what size.
 
@@ -69,10 +85,8 @@ class Plan:
         stages: In the order of training; policies are measured against the first.
         num_demonstrations: Rows to train SFT on.
         num_pairs: Pairs to align on.
-        num_rankings: Prompts with several answers, ranked, to train a reward model on.
-        num_ranked: Answers in a ranking.
-        ranking_slip: Chance of a slip in each of them.
-        num_reward_test: Held-out pairs to judge it on.
+        rankings: By the name of their file in the sandbox's folder.
+        num_reward_test: Held-out pairs to judge reward models on.
         num_prompts: Held-out prompts to sample from.
         num_layers: Of the model.
     """
@@ -80,16 +94,14 @@ class Plan:
     stages: tuple[Stage, ...]
     num_demonstrations: int = 20_000
     num_pairs: int = 3_400
-    num_rankings: int = 12_000
-    num_ranked: int = 6
-    ranking_slip: float = SLIP
+    rankings: Mapping[str, Rankings] = field(default_factory=lambda: {REWARD_TRAIN: Rankings(12_000)})
     num_reward_test: int = 3_000
     num_prompts: int = 500
     num_layers: int = 2
 
 
 def write_world(folder: Path, plan: Plan, seed: int) -> None:
-    """Write the sandbox, and beside it the reward model's rankings and the pairs that it is judged on.
+    """Write the sandbox, and beside it rankings for reward models and the pairs that they are judged on.
 
     Args:
         folder: Empty.
@@ -105,10 +117,11 @@ def write_world(folder: Path, plan: Plan, seed: int) -> None:
     )
     world = World(seed)
     annotator = Annotator(world)
-    rankings = world.rankings(plan.num_rankings, annotator, plan.num_ranked, slip=plan.ranking_slip)
-    judged = world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW)
-    for name, rows in ((REWARD_TRAIN, rankings), (REWARD_TEST, judged)):
+    for name, of in plan.rankings.items():
+        rows = world.rankings(of.num_prompts, annotator, of.num_completions, writer=of.writer)
         write_rows(rows, folder / name)
+    judged = world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW)
+    write_rows(judged, folder / REWARD_TEST)
 
 
 def judged_probabilities(plan: Plan, seed: int) -> list[float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from lightning_rlhf.models import LanguageModel
+from lightning_rlhf.models.sharding import gathered
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def written_adapter(model: LanguageModel, parent: str | None = None) -> Iterator
     if name is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="adapter-", dir=parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="adapter-", dir=parent) as folder, gathered(model):
         model.model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
         beside = Path(folder) / name  # PEFT puts every adapter but "default" in a directory of its own
         yield str(beside if beside.is_dir() else folder)

@@ -17,9 +17,13 @@ from transformers import (
 )
 
 from lightning_rlhf.generation.choosing import SeededChoice, StopStrings, before_stop, uniform_numbers
-from lightning_rlhf.generation.prefill import shared_prefill
+from lightning_rlhf.generation.prefill import sampling_cache
 from lightning_rlhf.models import LanguageModel
 from lightning_rlhf.models.modes import in_eval_mode
+from lightning_rlhf.models.sharding import gathered
+
+SORTED_BATCHES = 8
+"""So many batches of prompts are put in the order of their lengths, and answered together."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,9 @@ def generate(
     *,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[list[Completion]]:
-    """Sample completions, batch by batch.
+    """Sample completions, several batches of prompts of a like length at a time.
+
+    A sharded model is gathered meanwhile, so that ranks may sample other numbers and lengths.
 
     Every prompt has its own seed, and its samples do not depend on the prompts beside it, apart from rounding. Only
     what ``sampling`` says changes the model's distribution: what came with the model (a repetition penalty, a top-k)
@@ -117,15 +123,27 @@ def generate(
     """
     seeds = check_prompts(prompts, seeds)
     end = end_ids(model, tokenizer)
-    for start in range(0, len(prompts), sampling.batch_size):
-        chunk = [list(prompt) for prompt in prompts[start : start + sampling.batch_size]]
-        with sampling_mode(model):
-            rows = _run(model, tokenizer, chunk, sampling, end, seeds[start : start + sampling.batch_size])
-        for index, prompt in enumerate(chunk):
-            of_prompt = rows[index * sampling.num_samples : (index + 1) * sampling.num_samples]
-            yield [
-                _completion(prompt, row, stopped, end, tokenizer, sampling.stop) for row, stopped in of_prompt
-            ]
+    window = SORTED_BATCHES * sampling.batch_size
+    with gathered(model):
+        for start in range(0, len(prompts), window):
+            places = range(start, min(start + window, len(prompts)))
+            found: dict[int, list[Completion]] = {}
+            for chunk in by_length(places, prompts, sampling.batch_size):
+                of_chunk = ([list(prompts[i]) for i in chunk], [seeds[i] for i in chunk])
+                with sampling_mode(model):
+                    found |= zip(chunk, _run(model, tokenizer, *of_chunk, sampling, end), strict=True)
+            yield from (found[place] for place in places)
+
+
+def by_length(places: Sequence[int], prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Places of prompts in runs of ``size``, the longest first: prompts of a like length need little padding.
+
+    Example:
+        >>> by_length(range(4), ["a", "bcde", "fg", "hijkl"], 2)
+        [[3, 1], [2, 0]]
+    """
+    order = sorted(places, key=lambda place: len(prompts[place]), reverse=True)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> Sequence[int]:
@@ -160,19 +178,19 @@ def _run(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    seeds: Sequence[int],
     sampling: Sampling,
     end: list[int],
-    seeds: Sequence[int],
-) -> list[tuple[list[int], int | None]]:
-    """New tokens of every sample, and how many of them there are where a stop string ended it."""
+) -> list[list[Completion]]:
+    """The completions of every prompt of a batch."""
     width = max(len(prompt) for prompt in prompts)
     device = next(model.parameters()).device
     # Padded on the left by hand: the mask comes from lengths, so any id serves, pad token or not.
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = shared_prefill(model, ids, mask, sampling.num_samples)
+    cache = sampling_cache(model, ids, mask, sampling.num_samples)
     stop = StopStrings(sampling.stop, tokenizer, width) if sampling.stop else None
-    shared: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     run = cast(Callable[..., torch.Tensor], model.model.generate)  # PEFT and Transformers type it differently
     output = run(
         input_ids=ids.repeat_interleave(sampling.num_samples, 0),
@@ -185,10 +203,15 @@ def _run(
         eos_token_id=end,
         pad_token_id=end[0],
         use_cache=True,
-        **shared,
+        synced_gpus=False,  # weights are gathered: ranks need not wait for each other's longest completion
+        **kept,
     )
     lengths = {} if stop is None else stop.lengths
-    return [(row, lengths.get(index)) for index, row in enumerate(output[:, width:].tolist())]
+    flat = [
+        _completion(prompts[i // sampling.num_samples], row, lengths.get(i), end, tokenizer, sampling.stop)
+        for i, row in enumerate(output[:, width:].tolist())
+    ]
+    return [flat[i : i + sampling.num_samples] for i in range(0, len(flat), sampling.num_samples)]
 
 
 def _processors(

@@ -54,6 +54,8 @@ class LanguageModel(nn.Module):
         self.model = model
         self.layout: Layout = layout
         self.layout_reason = "as asked"
+        self.is_gathered = False  # see models.sharding
+        self.stored: frozenset[str] = frozenset()  # sharded 4-bit weights, which no cast may touch
         self._warned_of_context = False
         if layout == "shared_prefix":
             self._attach()
@@ -227,6 +229,9 @@ class LanguageModel(nn.Module):
         )
         return cast(Tensor, output.last_hidden_state[0])
 
+    def touch(self) -> None:
+        """Nothing: what sharding does before a forward happens for this call alone."""
+
     def _check_fits(self, batch: PackedBatch) -> None:
         """By what the host knows of a batch, so that nothing waits for the device.
 
@@ -317,11 +322,18 @@ class LanguageModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
         # Adapters stay float32 whatever precision the Trainer casts the module to: an update of 1e-5 does not
         # register in bfloat16.
-        kept = {n: p.data for n, p in self.named_parameters() if p.dtype == torch.float32 and is_adapter(n)}
-        super()._apply(fn, recurse)
-        for name, parameter in self.named_parameters():
-            if name in kept:
-                parameter.data = kept[name].to(parameter.device)
+        kept = [
+            p
+            for n, p in self.named_parameters()
+            if n in self.stored or (p.dtype == torch.float32 and is_adapter(n))
+        ]
+        places = {id(t) for p in kept for t in (p, p.grad) if t is not None}
+
+        def moved(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return tensor.to(changed.device) if id(tensor) in places else changed
+
+        super()._apply(moved, recurse)
         return self
 
 

@@ -15,6 +15,7 @@ from lightning_rlhf.models.adapters import copy_adapter, is_fresh
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import POLICY_ADAPTER
 from lightning_rlhf.models.settings import changes_base
+from lightning_rlhf.models.sharding import reshard
 
 ReferenceKind = Literal["base", "adapter", "model", "policy"]
 REFERENCE_ADAPTER = "reference"
@@ -68,6 +69,8 @@ class Reference(nn.Module):
             ValueError: If the reference is the base or the policy itself, or a model of another architecture.
         """
         (policy,) = self._policy
+        for model in (policy, self):
+            reshard(model)  # else copies of the weights would be changed
         parameters = dict(policy.named_parameters())
         if self.kind == "model":
             pairs = {parameter: parameters.get(name) for name, parameter in self.model.named_parameters()}
@@ -83,6 +86,11 @@ class Reference(nn.Module):
             if source is None or source.shape != parameter.shape:
                 raise ValueError("the reference is another model than the policy and cannot become it")
             parameter.copy_(source)
+
+    @property
+    def language_models(self) -> tuple[LanguageModel]:
+        """What computes: a model of its own, or the policy's."""
+        return (self.model,) if self.kind == "model" else self._policy
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:

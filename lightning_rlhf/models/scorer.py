@@ -1,7 +1,7 @@
 """A scalar head on a language model: what scores completions, alone or as a role on a base that others share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,10 +41,7 @@ class Head(nn.Module):
             return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Head":  # noqa: ANN401 - as in nn.Module
-        kept = {name: p.data for name, p in self.named_parameters()}
-        super()._apply(fn, recurse)
-        for name, p in self.named_parameters():
-            p.data = kept[name].to(p.device)
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
         return self
 
 
@@ -97,9 +94,13 @@ class ScoreHead(Head):
         """The normalisation, as plain numbers that no precision plugin casts."""
         return {"mean": self.mean, "std": self.std}
 
-    def set_extra_state(self, state: dict[str, float]) -> None:
-        """Take the normalisation of a checkpoint."""
-        self.mean, self.std = state["mean"], state["std"]
+    def set_extra_state(self, state: Mapping[str, float]) -> None:
+        """Take the normalisation of a checkpoint.
+
+        A strategy that loads parameters one by one has a placeholder in its place, and hands it over later.
+        """
+        if isinstance(state, Mapping):
+            self.mean, self.std = state["mean"], state["std"]
 
 
 class Scorer(nn.Module):

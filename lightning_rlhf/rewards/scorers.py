@@ -24,6 +24,7 @@ from lightning_rlhf.models import (
 from lightning_rlhf.models.language_model import disable_dropout
 from lightning_rlhf.models.loading import adapter_config, base_path
 from lightning_rlhf.models.reward_directory import add_scorer
+from lightning_rlhf.models.sharding import gathered
 from lightning_rlhf.rewards.base import Reward
 from lightning_rlhf.rewards.encoding import SampleEncoder
 from lightning_rlhf.rewards.samples import Samples
@@ -63,9 +64,10 @@ class ModelReward(Reward):
         model = self.language_model
         device = next(model.parameters()).device
         rewards = torch.empty(len(samples))
-        for places, batch in self.encoder.batches(samples, self.batch_size):
-            _require_room(batch, model)
-            rewards[places] = self.values(batch.to(device)).float().cpu()
+        with gathered(model):  # which may be the policy's base, and other ranks have other batches
+            for places, batch in self.encoder.batches(samples, self.batch_size):
+                _require_room(batch, model)
+                rewards[places] = self.values(batch.to(device)).float().cpu()
         return rewards
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import combinations, cycle, islice
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from lightning_rlhf.sandbox.gold import GoldReport, gold_report
 from lightning_rlhf.sandbox.language import ASPECTS, CATEGORY_OF, Question, parse_prompt
-from lightning_rlhf.sandbox.writing import SLIP, Style, contestant, demonstrator, write
+from lightning_rlhf.sandbox.writing import Style, contestant, demonstrator, write
 
 if TYPE_CHECKING:
     from lightning_rlhf.sandbox.annotator import Annotator
@@ -128,11 +127,11 @@ class World:
         split: Split = "train",
         seed: int = 0,
         *,
-        slip: float = SLIP,
+        writer: Callable[[Random], Style] = contestant,
     ) -> list[dict[str, str | list[str]]]:
         """Draw prompts with several different answers, and let an annotator sort each prompt's, once.
 
-        The answers are by the writers of :meth:`pairs`. For a reward model: K answers make K (K − 1) / 2 comparisons.
+        For a reward model: K answers make K (K − 1) / 2 comparisons.
 
         Args:
             n: How many prompts.
@@ -140,18 +139,12 @@ class World:
             num_completions: Answers to each prompt.
             split: ``train`` or ``val``.
             seed: Which draw.
-            slip: Chance of a slip in an answer. What is rare is learnt late: a reward model that shall see a slip
-                needs more of them than :meth:`pairs` have.
+            writer: Whose answers, other than those of :meth:`pairs`. What is rare is learnt late: a reward model that
+                shall see a slip needs more of them than one answer in seven.
 
         Returns:
             Rows ``{"prompt": …, "completions": […]}``, the best completion first.
-
-        Raises:
-            ValueError: ``slip`` is no probability.
         """
-        if not 0 <= slip <= 1:
-            raise ValueError(f"slip is {slip}; it is a probability, from 0 to 1")
-        writer = partial(contestant, slip=slip)
         rng, labels = self._rng("rankings", split, seed), self._rng("ranks", split, seed)
         rows: list[dict[str, str | list[str]]] = []
         for prompt in self.prompts(n, split, seed):

@@ -17,9 +17,6 @@ from lightning_rlhf.sandbox.language import (
 MAX_TOKENS = 64
 """Tokens of a completion at most, its end-of-sequence token included."""
 
-SLIP = 0.15
-"""Chance of a slip in an answer to compare."""
-
 
 @dataclass(frozen=True)
 class Style:
@@ -56,8 +53,8 @@ def demonstrator(rng: Random) -> Style:
     )
 
 
-def contestant(rng: Random, slip: float = SLIP) -> Style:
-    """A writer of answers to compare: from excellent to poor, who slips with this chance."""
+def contestant(rng: Random) -> Style:
+    """A writer of answers to compare: from excellent to poor."""
     return Style(
         coverage=rng.uniform(0.2, 1.0),
         drift=rng.uniform(0.0, 0.8) ** 2 / 0.8,
@@ -65,7 +62,7 @@ def contestant(rng: Random, slip: float = SLIP) -> Style:
         flattery=rng.uniform(0.0, 0.7),
         filler=rng.uniform(0.0, 0.7),
         bullets=0.35,
-        slip=slip,
+        slip=0.15,
     )
 
 

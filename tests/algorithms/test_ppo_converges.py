@@ -88,16 +88,17 @@ def learn(trainer, tokenizer, rewards, rollouts, *callbacks, **settings):
 def test_it_ends_at_the_tilted_reference(estimator, trainer, tokenizer):
     """π_ref · exp(r/β) / Z, renormalised over the eight: there every advantage is 0, so the noise of samples ends.
 
-    To 2e-3: completions of probability 1e-3 are seldom among 64, and those are what is left.
+    Completions of probability 1e-3 are seldom among 64, and those are what is left after 200 rollouts (1.2e-3). After
+    400 the largest difference is below 1e-6.
     """
     torch.manual_seed(1)
     rewards = torch.randn(8)
     optimization = Optimization(lr=1e-2, schedule="linear", warmup_ratio=0.0)
     settings = {"estimator": estimator, "kl": KLControl(coef=COEF), "optimization": optimization}
-    module, start = learn(trainer, tokenizer, rewards, 200, **settings)
+    module, start = learn(trainer, tokenizer, rewards, 400, **settings)
     target = (start + rewards / COEF).softmax(0)
     found = log_distribution(module.policy).softmax(0)
-    assert (found - target).abs().max() < 2e-3
+    assert (found - target).abs().max() < 1e-4
     assert (target - start.softmax(0)).abs().max() > 0.1
 
 

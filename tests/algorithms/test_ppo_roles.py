@@ -87,7 +87,7 @@ def reward_dirs(llama_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_policy_and_critic_adapters_both_learn_in_one_backward(checkpointing, trainer, llama_dir):
+def test_policy_and_critic_adapters_both_learn(checkpointing, trainer, llama_dir):
     policy = Policy(llama_dir, lora=LoRA(r=2, dropout=0.5), gradient_checkpointing=checkpointing)
     module, _, seen = learn(trainer, policy, generator=Written(), kl=KLControl(coef=0.5))
     assert all(required == seen.required[0] for required in seen.required)
@@ -122,13 +122,38 @@ def test_checkpointing_and_the_other_role_change_no_gradient(trainer, llama_dir)
         assert a.keys() == b.keys()
         for name, gradient in a.items():
             assert (gradient - b[name]).norm() <= 1e-5 * gradient.norm(), (step, name)
-    # Beside each other in one backward, they are those of each alone: Adam does not see the weight of a loss.
+    # Beside each other, they are those of each alone: Adam does not see the weight of a loss.
     for a, b in zip(plain[:4], other[:4], strict=True):
         for name, gradient in of_role(a, "default").items():
             assert (gradient - b[name]).norm() <= 1e-5 * gradient.norm(), name
     for name, gradient in plain[0].items():
         if is_critic(name):
             torch.testing.assert_close(other[0][name], 7 * gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("lora", [LoRA(r=2), None])
+def test_a_backward_of_its_own_for_the_critic_changes_no_gradient(lora, trainer, llama_dir, monkeypatch):
+    """The policy's activations are gone before the critic's are there; the gradients are those of one backward."""
+    order = []
+    backward, values = PPO.manual_backward, PPO.value_losses
+    monkeypatch.setattr(PPO, "manual_backward", lambda self, *a: order.append("b") or backward(self, *a))
+    monkeypatch.setattr(PPO, "value_losses", lambda self, *a: order.append("v") or values(self, *a))
+
+    def gradients():
+        order.clear()
+        update = Update(num_epochs=2, minibatch_size=8, micro_batch_size=4, average="sequences")
+        torch.manual_seed(0)
+        _, _, seen = learn(trainer, Policy(llama_dir, lora=lora), 1, generator=Written(), update=update)
+        return seen.steps, "".join(order)
+
+    apart, order_apart = gradients()
+    monkeypatch.setattr(PPO, "critic_apart", False)
+    together, order_together = gradients()
+    assert set(order_apart[i : i + 3] for i in range(0, len(order_apart), 3)) == {"bvb"}
+    assert set(order_together[i : i + 2] for i in range(0, len(order_together), 2)) == {"vb"}
+    for a, b in zip(apart, together, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ METHODS: dict[str, Stage] = {
     "SimPO, β = 2, γ = 0.5": method(DPO, "SimPO", 1e-4, by("SimPO", beta=2.0, gamma=0.5)),
 }
 """What was tuned (learning rate, β) was tuned on seed 0, which is not among the reported ones."""
-PLAN = Plan(stages=(SFT, *METHODS.values()), num_rankings=0, num_reward_test=0)
+PLAN = Plan(stages=(SFT, *METHODS.values()), rankings={}, num_reward_test=0)
 RATES = (3e-3, *(stage.overrides["model.init_args.optimization.lr"] for stage in METHODS.values()))
 
 

@@ -16,7 +16,7 @@ from tests.tokenizers import letters
 NEW_TOKENS = 64
 MINIBATCH_SIZE = 8
 ROLLOUT_FORWARD = 8
-"""Rows that TRL's rollout samples and scores at a time: by default 64, whose logits would fill the memory."""
+"""Prompts that a side samples at a time, and that TRL's scores: its default of 64 would fill the memory with logits."""
 CHECKPOINTED = "activation checkpointing"
 PPO_SETTINGS = ["sdpa", CHECKPOINTED]
 
@@ -48,7 +48,7 @@ def ours(spec: Spec, served: Served) -> None:
         Policy(f"{spec.folder}/base", lora=LoRA()) if adapters else llama(),
         _reward(f"{spec.folder}/reward" if adapters else None),
         letters(),
-        sampling=Sampling(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS),
+        sampling=Sampling(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, batch_size=ROLLOUT_FORWARD),
         update=Update(num_epochs=spec.num_epochs, minibatch_size=MINIBATCH_SIZE),
         critic="adapter" if adapters else "model",
         optimization=Optimization(lr=LEARNING_RATE, schedule="constant"),

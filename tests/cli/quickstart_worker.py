@@ -11,7 +11,7 @@ import lightning as L
 
 from lightning_rlhf.cli import pipeline
 from lightning_rlhf.cli.main import main
-from lightning_rlhf.cli.plan import PLAN, Plan, Stage
+from lightning_rlhf.cli.plan import PLAN, REWARD_TRAIN, Plan, Rankings, Stage
 from lightning_rlhf.cli.quickstart import carry_out
 
 STEP = 12
@@ -48,7 +48,7 @@ def small_plan() -> Plan:
         stages=tuple(small(stage) for stage in PLAN.stages),
         num_demonstrations=192,
         num_pairs=192,
-        num_rankings=192,
+        rankings={REWARD_TRAIN: Rankings(192)},
         num_reward_test=40,
         num_prompts=12,
     )

@@ -14,19 +14,23 @@ ROOT = RECIPES.parent
 
 @pytest.fixture
 def experiment(tmp_path):
-    """Two settings of one seed, two rollouts each."""
+    """Three settings of one seed, two rollouts each."""
     (tmp_path / "lightning_rlhf").symlink_to(ROOT / "lightning_rlhf")
     settings = yaml.safe_load((RECIPES / "experiments/goodhart.yaml").read_text())
     settings |= {"seeds": [3], "coefs": [0.0], "jobs": 1}
     settings["sizes"] = {"num_demonstrations": 64, "num_pairs": 32, "num_layers": 1}
-    for stage in settings["stages"].values():
-        stage["overrides"] |= {"trainer.max_epochs": 1}
-    run = settings["run"]["overrides"]
-    run |= {
+    stages = settings["stages"]
+    for name in ("sft", "reward", "ensemble", "refreshed"):
+        stages[name]["overrides"] |= {"trainer.max_epochs": 1}
+    short = {
         "data.init_args.batch_size": 4,
         "model.init_args.sampling.max_new_tokens": 12,
         "trainer.max_steps": 4,
     }
+    stages["explored"]["overrides"] |= short
+    stages["labels"]["label"]["sampling"] = {"max_new_tokens": 12}
+    run = settings["run"]["overrides"]
+    run |= short
     # What so young a model writes is all malformed: gold would not vary.
     (tmp_path / "golden.py").write_text(
         "def size(completions):\n    return [len(text) for text in completions]\n"
@@ -35,9 +39,13 @@ def experiment(tmp_path):
     watch = {"every_n_steps": 2, "num_prompts": 8, "max_new_tokens": 12, "gold": gold}
     run["trainer.callbacks"][0]["init_args"] |= watch
     kept = settings["settings"]
-    settings["settings"] = {"plain": {"coefs": [0.0, 0.1]}, "worst of four": kept["worst of four"]}
-    settings["stages"].pop("unbiased")
-    settings["stages"].pop("odin")
+    settings["settings"] = {
+        "plain": {"coefs": [0.0, 0.1]},
+        "worst of three": kept["worst of three"],
+        "labelled anew": kept["labelled anew"] | {"coefs": [0.0]},
+    }
+    stages.pop("unbiased")
+    stages.pop("odin")
     (tmp_path / "goodhart.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return tmp_path / "goodhart"
 
@@ -49,14 +57,17 @@ def test_runs_are_trained_measured_and_drawn(program, experiment, here):  # noqa
     assert [(row["setting"], row["coef"]) for row in rows] == [
         ("plain", 0.0),
         ("plain", 0.1),
-        ("worst of four", 0.0),
+        ("worst of three", 0.0),
+        ("labelled anew", 0.0),
     ]
     assert all(row["end_kl"] > 0 for row in rows)
-    assert "| worst of four | 0 | 1 |" in printed
+    assert "| worst of three | 0 | 1 |" in printed
     assert (experiment / "report/goodhart.png").read_bytes().startswith(b"\x89PNG")
-    used = yaml.safe_load(next(experiment.glob("seed_3/worst_of_four_0/run/**/config.yaml")).read_text())
+    used = yaml.safe_load(next(experiment.glob("seed_3/worst_of_three_0/run/**/config.yaml")).read_text())
     assert used["seed_everything"] == used["model"]["init_args"]["seed"] == 3
-    assert used["model"]["init_args"]["reward"]["init_args"]["members"][3].endswith("ensemble/model/member_3")
+    assert used["model"]["init_args"]["reward"]["init_args"]["members"][2].endswith("ensemble/model/member_2")
+    labelled = [json.loads(line) for line in (experiment / "seed_3/labels/ranked.jsonl").open()]
+    assert len(labelled) > 32  # the pairs, and the policy's samples after them
     trained = len(here)
     assert program("goodhart", "--config", "goodhart.yaml")[0] == 0
     assert len(here) == trained  # everything was finished

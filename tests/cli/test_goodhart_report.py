@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,21 @@ def test_the_best_of_noise_is_not_better_than_nothing():
     assert abs(mean) < 4 * torch.tensor(found).std().item() / 200**0.5
 
 
+def test_the_alarm_and_what_a_choice_misses():
+    """At s = 6 of s − 0.12 s² 1.68 is left; a choice by prompts that say another thing than the rest misses much."""
+    run = hump(0)
+    found = outcome(replace(run, alarm=6))
+    assert found.alarm_kl == 6
+    assert found.alarm == pytest.approx(1.68, abs=0.25)
+    assert found.missed < 0.05
+    assert math.isnan(outcome(run).alarm)
+    apart = run.gold.clone()
+    apart[7, 0::2] += 9  # chosen for it, and worth 1.12 where the peak is worth 2.08
+    assert outcome(replace(run, gold=apart)).missed == pytest.approx(
+        0.96 - 1.96 * 0.3 * 2**0.5 / 32**0.5, abs=0.25
+    )
+
+
 def test_table_and_picture(tmp_path):
     runs = [
         hump(seed, setting, coef, 0.12 if coef == 0 else 0.02)
@@ -63,7 +79,9 @@ def test_table_and_picture(tmp_path):
 def test_runs_are_read_from_what_a_monitor_wrote(tmp_path):
     rows = [{"step": s, "rows": [0, 1], "kl": [0.0, s], "proxy": [s, s], "gold": [1.0, 2.0]} for s in (0, 5)]
     (tmp_path / "evaluations.json").write_text(json.dumps(rows))
-    run = read_run("plain", 0.1, 7, tmp_path / "evaluations.json")
+    (tmp_path / "goodhart.json").write_text(json.dumps({"alarms": [5, 9]}))
+    run = read_run("plain", 0.1, 7, tmp_path)
+    assert run.alarm == 1
     assert run.kl.tolist() == [[0.0, 0.0], [0.0, 5.0]]
     assert run.proxy[1].tolist() == [5.0, 5.0]
     assert (run.setting, run.coef, run.seed) == ("plain", 0.1, 7)

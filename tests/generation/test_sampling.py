@@ -1,10 +1,11 @@
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from transformers.cache_utils import DynamicLayer
 
 from lightning_rlhf.generation import Generator, HFGenerator, Sampling, generate
 from lightning_rlhf.generation.choosing import SeededChoice
-from lightning_rlhf.generation.prefill import keeps_keys_and_values
+from lightning_rlhf.generation.prefill import SPARE, SpareLayer, keeps_keys_and_values
 from lightning_rlhf.models import LanguageModel
 from tests.models.families import SUPPORTED, UNSUPPORTED, tiny
 from tests.tokenizers import letters
@@ -216,7 +217,7 @@ def test_samples_are_those_without_sharing(name, monkeypatch):
     settings = {"num_samples": 3, "max_new_tokens": 8}
     assert keeps_keys_and_values(model) == (name in SHARING)
     shared = list(generate(model, letters(), LONG, Sampling(**settings), seeds=[1, 2, 3]))
-    monkeypatch.setattr("lightning_rlhf.generation.sampling.shared_prefill", lambda *_: None)
+    monkeypatch.setattr("lightning_rlhf.generation.prefill.shared_prefill", lambda *_: None)
     assert list(generate(model, letters(), LONG, Sampling(**settings), seeds=[1, 2, 3])) == shared
 
 
@@ -231,6 +232,34 @@ def test_tokens_computed(model):
     counted.clear()
     tokens(model, LONG, max_new_tokens=5, min_new_tokens=5)
     assert counted == [3 * 9, *[3] * 4]
+
+
+def test_prompts_of_a_like_length_stand_together(model):
+    """The shortest two of three are no longer padded to the longest; order and samples stay."""
+    whole = tokens(model, LONG, temperature=0)
+    counted = []
+    model.causal_lm.get_decoder().layers[0].register_forward_hook(
+        lambda module, args, output: counted.append(args[0].shape[0] * args[0].shape[1])
+    )
+    prompts = [LONG[1], LONG[0], LONG[2], LONG[0]]
+    found = tokens(model, prompts, temperature=0, batch_size=2)
+    assert found == [whole[1], whole[0], whole[2], whole[0]]
+    assert [count for count in counted if count > 2] == [2 * 9, 2 * 2]
+
+
+def test_spare_memory_keeps_what_concatenation_keeps():
+    torch.manual_seed(0)
+    spare, plain = SpareLayer(), DynamicLayer()
+    for length in (3, 1, 1, SPARE, 1, 5):
+        keys, values = torch.randn(2, 3, length, 4), torch.randn(2, 3, length, 6)
+        for one, other in zip(spare.update(keys, values), plain.update(keys, values), strict=True):
+            assert torch.equal(one, other)
+        assert spare.get_seq_length() == plain.get_seq_length()
+    further = SpareLayer(plain.keys, plain.values)
+    before = further.keys
+    keys, _ = further.update(torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 6))
+    assert keys.data_ptr() == before.data_ptr()  # nothing was copied
+    assert torch.equal(keys[:, :, :-1], plain.keys)
 
 
 # --- what it leaves behind --------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """What is drawn: by seed, well-formed, held out, and of mixed quality."""
 
+from dataclasses import replace
 from statistics import mean, stdev
 
 import pytest
 
 from lightning_rlhf.sandbox import Annotator, World
 from lightning_rlhf.sandbox.language import parse_prompt, tokenize
-from lightning_rlhf.sandbox.writing import MAX_TOKENS
+from lightning_rlhf.sandbox.writing import MAX_TOKENS, contestant
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,12 @@ def test_preferences_are_labelled_pairs(world, annotator):
         assert {row["chosen"], row["rejected"]} == {a, b}
     firsts = mean(row["chosen"] == a for row, (_, a, _) in zip(rows, pairs, strict=True))
     assert 0.4 < firsts < 0.6  # the order of a pair says nothing
+
+
+def test_rankings_by_another_writer(world, annotator):
+    rows = world.rankings(100, annotator, 2, writer=lambda rng: replace(contestant(rng), slip=1.0))
+    texts = [(row["prompt"], text) for row in rows for text in row["completions"]]
+    assert mean(world.report(*text).malformed for text in texts) > 0.9  # some slips leave sentences
 
 
 def test_rankings_are_of_different_answers_the_better_first(world, annotator):

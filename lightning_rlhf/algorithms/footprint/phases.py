@@ -130,6 +130,11 @@ class Step:
             for parameter in self._trained():
                 parameter.grad = None
         loss.backward()
+        critic = self.roles.critic
+        if critic is not None and critic.kind != "head":  # it has a backward of its own
+            with self._autocast():
+                loss = critic(batch, loss).sum()  # of its own model: the policy's hidden states are not read
+            loss.backward()
         for parameter in self._trained():
             parameter.grad = None
 
@@ -141,7 +146,10 @@ class Step:
         if training.algorithm == "PPO":
             hidden = policy.hidden_states(batch)
             loss = policy.of_hidden(hidden, batch.targets).logprobs.sum()
-            return loss if self.roles.critic is None else loss + self.roles.critic(batch, hidden).sum()
+            critic = self.roles.critic
+            if critic is None or critic.kind != "head":
+                return loss
+            return loss + critic(batch, hidden).sum()
         found = policy(
             batch, with_entropy=True, with_collision=training.with_collision, learned=training.learned
         )

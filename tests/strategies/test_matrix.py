@@ -1,0 +1,234 @@
+"""Every algorithm × {LoRA, nf4 LoRA, full} × {one process, DDP, FSDP2}: trains, is saved, resumed and exported.
+
+Each launch of two processes runs many cells, since starting one costs more than a cell. ``make test`` runs a pairwise
+selection, ``make test-all`` every cell.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_rlhf.models.export import export_checkpoint
+from lightning_rlhf.models.reward_export import export_reward_model
+from tests.strategies.worker import Cell, run
+
+# A launch is the setup of the first test that asks for it.
+pytestmark = pytest.mark.timeout(1200)
+ROOT = Path(__file__).parents[2]
+ALGORITHMS = ("SFT", "RewardModel", "DPO", "KTO", "PPO", "OnlineDPO")
+WEIGHTS = ("lora", "nf4", "full")
+STRATEGIES = ("ddp", "fsdp2")
+# Any two of algorithm, weights and strategy occur together.
+PAIRWISE = {
+    *("SFT-lora-ddp", "SFT-nf4-fsdp2", "SFT-full-fsdp2"),
+    *("RewardModel-lora-fsdp2", "RewardModel-nf4-ddp", "RewardModel-full-ddp"),
+    *("DPO-lora-ddp", "DPO-nf4-ddp", "DPO-full-fsdp2"),
+    *("KTO-lora-fsdp2", "KTO-nf4-fsdp2", "KTO-full-ddp"),
+    *("PPO-lora-ddp", "PPO-nf4-fsdp2", "PPO-full-fsdp2"),
+    *("OnlineDPO-lora-fsdp2", "OnlineDPO-nf4-ddp", "OnlineDPO-full-ddp"),
+}
+EVERY = {"-".join(cell) for cell in itertools.product(ALGORITHMS, WEIGHTS, STRATEGIES)}
+# Beside the matrix: one file a rank, activations computed again, half precision.
+OPTIONS = {
+    "SFT-lora-fsdp2-sharded",
+    "PPO-full-fsdp2-sharded",
+    "PPO-lora-fsdp2-checkpointing",
+}
+HALF = {"DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"}
+# Ranks sample other numbers of prompts, to other lengths, after every batch.
+UNEVEN = "SFT-lora-fsdp2-uneven"
+# As one process goes on from a checkpoint of two, and two from one of one, with the same rows a step.
+OTHER_NUMBERS = (
+    "DPO-full-fsdp2",
+    "PPO-nf4-fsdp2",
+    "RewardModel-lora-fsdp2",
+    "SFT-lora-ddp",
+)
+FROM_ONE = "from-one"
+SLOW = sorted((EVERY - PAIRWISE) | OPTIONS | HALF)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("strategies")
+
+
+def launch(names, model_dir, folder):
+    """By torchrun, as on several machines; under `timeout -k`: a hang does not end on SIGTERM."""
+    folder.mkdir(exist_ok=True)
+    command = ["timeout", "-k", "5", "1100", sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    worker = ["--nproc_per_node", "2", "-m", "tests.strategies.worker", "2", model_dir, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *worker, *names],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    cells = [name.partition("=")[0] for name in names]
+    return {
+        name: [torch.load(folder / f"{name}.{rank}", weights_only=True) for rank in range(2)]
+        for name in cells
+    }
+
+
+class Runs:
+    """Runs of one process, each once."""
+
+    def __init__(self, model_dir, folder):
+        self.model_dir, self.folder, self.kept = model_dir, folder, {}
+
+    def __call__(self, name):
+        algorithm, weights, *_ = name.split("-")
+        key = f"{algorithm}-{weights}-single"
+        if key not in self.kept:
+            self.kept[key] = run(Cell.named(key), self.model_dir, self.folder / key, 1)
+        return self.folder / key, self.kept[key]
+
+
+@pytest.fixture(scope="module")
+def single(llama_dir, place):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Runs(llama_dir, place)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick(llama_dir, place, single):
+    from_one = [f"{name}-{FROM_ONE}={single(name)[0] / 'epoch=0.ckpt'}" for name in OTHER_NUMBERS]
+    return launch(["refusals", UNEVEN, *sorted(PAIRWISE), *from_one], llama_dir, place / "quick")
+
+
+@pytest.fixture(scope="module")
+def slow(llama_dir, place):
+    return launch(SLOW, llama_dir, place / "slow")
+
+
+def close(found, expected):
+    """Losses to 1e-5 of their size or, near 0, of 1; norms of gradients likewise."""
+    assert len(found["losses"]) == len(expected["losses"])
+    for step, (a, b) in enumerate(zip(found["losses"], expected["losses"], strict=True)):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5), step
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+
+
+def check(name, ranks, single):
+    _, one = single(name)
+    whole, resumed = ranks[0]["whole"], ranks[0]["resumed"]
+    assert whole["steps"] == one["steps"] == (8 if name.startswith("PPO") else 4)
+    if "bf16" not in name:
+        close(whole, one)
+        assert len({round(next(iter(values.values())), 6) for values in one["losses"]}) > 1  # it learns
+    for rank in ranks:
+        assert rank["whole"]["losses"] == whole["losses"]
+        # The second epoch again, from the checkpoint of the first one: bit for bit.
+        assert rank["resumed"]["losses"] == rank["whole"]["losses"][-len(resumed["losses"]) :]
+        assert rank["resumed"]["norms"] == rank["whole"]["norms"][-len(resumed["norms"]) :]
+    assert len(resumed["losses"]) == 2
+
+
+def exported(checkpoint, output):
+    write = export_reward_model if "RewardModel" in str(checkpoint) else export_checkpoint
+    write(checkpoint, output)
+    (path,) = output.glob("*model.safetensors")
+    return load_file(path)
+
+
+def check_export(name, folder, single, tmp_path):
+    """The files are those of one process: as many weights, and equal but for what Adam makes of rounding."""
+    one, _ = single(name)
+    mine = exported(folder / name / "epoch=1.ckpt", tmp_path / "two")
+    theirs = exported(one / "epoch=1.ckpt", tmp_path / "one")
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        # A gradient near 0 may have either sign, and Adam moves by the learning rate all the same.
+        assert (value - theirs[key]).abs().max() < 5e-3, key
+        assert (value - theirs[key]).norm() < 1e-2 * theirs[key].norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", [*sorted(PAIRWISE), UNEVEN])
+def test_two_processes_equal_one_and_resume(name, quick, single, place, tmp_path):
+    check(name, quick[name], single)
+    check_export(name, place / "quick", single, tmp_path)
+
+
+ONE_PROCESS = {"SFT-full", "RewardModel-lora", "DPO-nf4", "KTO-lora", "PPO-full", "OnlineDPO-nf4"}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, marks=[] if cell in ONE_PROCESS else pytest.mark.slow)
+        for cell in sorted(f"{algorithm}-{weights}" for algorithm in ALGORITHMS for weights in WEIGHTS)
+    ],
+)
+def test_one_process_resumes(cell, single, llama_dir, tmp_path):
+    folder, whole = single(cell)
+    again = run(Cell.named(f"{cell}-single"), llama_dir, tmp_path, 1, ckpt=folder / "epoch=0.ckpt")
+    assert len(again["losses"]) == 2
+    for key in ("losses", "norms"):
+        assert again[key] == whole[key][-len(again[key]) :]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("tensor", "tensor_parallel_size 2.*data_parallel_size: 2 and tensor_parallel_size: 1"),
+        ("8bit", "optimization.name is 'adamw_8bit'.*use adamw"),
+        ("odin", "odin does not train under FSDP2"),
+        ("tokens", "update.micro_batch_tokens is 64.*Set it to null"),
+        ("uneven", "a rank has 5 completions in this rollout and another 3.*drop_last: true"),
+    ],
+)
+def test_what_would_hang_or_be_wrong_is_refused(case, message, quick):
+    for refused in quick["refusals"]:
+        assert re.search(message, refused[case], re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_every_cell(name, slow, single, place, tmp_path):
+    check(name, slow[name], single)
+    if name in EVERY:
+        check_export(name, place / "slow", single, tmp_path)
+
+
+@pytest.mark.parametrize("name", OTHER_NUMBERS)
+def test_one_process_goes_on_from_two(name, quick, single, llama_dir, place, tmp_path):
+    algorithm, weights, _ = name.split("-")
+    cell = Cell(algorithm, weights, "single")
+    again = run(cell, llama_dir, tmp_path, 1, ckpt=place / "quick" / name / "epoch=0.ckpt")
+    _, whole = single(name)
+    rest = {key: whole[key][-len(again[key]) :] for key in ("losses", "norms")}
+    close(again, rest)
+    assert len(again["losses"]) == 2
+
+
+@pytest.mark.parametrize("name", OTHER_NUMBERS)
+def test_two_processes_go_on_from_one(name, quick, single):
+    _, whole = single(name)
+    for rank in quick[f"{name}-{FROM_ONE}"]:
+        again = rank["resumed"]
+        close(again, {key: whole[key][-len(again[key]) :] for key in ("losses", "norms")})
+        assert len(again["losses"]) == 2
+
+
+@pytest.mark.parametrize("columns", [(0, 1), (0, 2), (1, 2)], ids=str)
+def test_the_selection_is_pairwise(columns):
+    def pairs(names):
+        rows = [name.split("-") for name in names]
+        return {(row[columns[0]], row[columns[1]]) for row in rows}
+
+    assert PAIRWISE < EVERY
+    assert pairs(PAIRWISE) == pairs(EVERY)

@@ -1,0 +1,221 @@
+"""Cells of the matrix of strategies, several in one process or group of processes: see test_matrix."""
+
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_rlhf.algorithms import (
+    DPO,
+    GAE,
+    KTO,
+    PPO,
+    SFT,
+    KLControl,
+    OnlineDPO,
+    Optimization,
+    RewardModel,
+    Update,
+)
+from lightning_rlhf.algorithms.odin import ODIN
+from lightning_rlhf.callbacks import ExactResume
+from lightning_rlhf.data.packing import pack
+from lightning_rlhf.generation import Sampling, generate
+from lightning_rlhf.models import LoRA, Policy, Quantization
+from tests.algorithms.conftest import labelled, random_groups
+from tests.algorithms.rollouts import Waves, prompts
+
+ROWS = 8
+"""An optimizer step, all ranks together; an epoch is two of them, and a run two epochs."""
+NF4 = Quantization(compute_dtype="float32")
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Cell(NamedTuple):
+    """One place of the matrix."""
+
+    algorithm: str
+    weights: str
+    strategy: str
+    options: tuple[str, ...] = ()
+
+    @staticmethod
+    def named(name: str) -> "Cell":
+        algorithm, weights, strategy, *options = name.split("-")
+        return Cell(algorithm, weights, strategy, tuple(options))
+
+    @property
+    def name(self) -> str:
+        return "-".join((self.algorithm, self.weights, self.strategy, *self.options))
+
+
+class Losses(Callback):
+    """What is logged at every step, and how large its gradient was."""
+
+    def __init__(self):
+        self.found, self.norms = [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.norms.append(float(whole) * trainer.world_size)  # the ranks' mean so far
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        # The module logs after the callbacks of a batch's end, so each loss is read at the next start.
+        if "train/loss" in trainer.callback_metrics or "train/loss/policy_avg" in trainer.callback_metrics:
+            wanted = ("train/loss", "train/loss/policy_avg", "train/loss/value_avg", "train/objective/kl")
+            values = {n: float(v) for n, v in trainer.callback_metrics.items() if n in wanted}
+            self.found.append(values)
+
+    def on_train_epoch_end(self, trainer, module):
+        self.on_train_batch_start(trainer, module, None, 0)
+        trainer.callback_metrics.clear()
+
+
+def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
+    lora = None if cell.weights == "full" else LoRA(r=2, init="gaussian")
+    policy = Policy(
+        model_dir,
+        lora=lora,
+        quantization=NF4 if cell.weights == "nf4" else None,
+        gradient_checkpointing="checkpointing" in cell.options,
+    )
+    settings: dict[str, Any] = {"optimization": Optimization(lr=1e-3, schedule="constant")}
+    ppo = {
+        "estimator": GAE(),
+        "kl": KLControl(coef=0.1, target=0.01, horizon=50),
+        "update": Update(num_epochs=2, minibatch_size=64, micro_batch_size=3, max_grad_norm=0.01),
+    }
+    make = {
+        "SFT": SFT,
+        "RewardModel": RewardModel,
+        "DPO": DPO,
+        "KTO": KTO,
+        "PPO": partial(PPO, reward=Waves(), sampling=Sampling(max_new_tokens=6, num_samples=2), **ppo),
+        "OnlineDPO": partial(OnlineDPO, reward=Waves(), sampling=Sampling(max_new_tokens=6, num_samples=3)),
+    }[cell.algorithm]
+    return make(policy, **settings)
+
+
+def loader_of(algorithm: str, world: int) -> DataLoader:
+    """This rank's part of each step's rows: all ranks together see the same rows on any number of them."""
+    if algorithm in ("PPO", "OnlineDPO"):
+        loader = prompts(2 * ROWS)
+        rows, collate = loader.dataset, loader.collate_fn
+    else:
+        rows = labelled(2 * ROWS) if algorithm == "KTO" else random_groups(2 * ROWS, 1 + (algorithm != "SFT"))
+        collate = pack
+    sampler = DistributedSampler(rows, world, int(os.environ.get("RANK", 0)), shuffle=False)
+    return DataLoader(rows, batch_size=ROWS // world, sampler=sampler, collate_fn=collate)
+
+
+def strategy_of(cell: Cell, world: int):
+    if cell.strategy == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=world,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint="sharded" in cell.options,
+        )
+    return cell.strategy if world > 1 else "auto"
+
+
+def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None = None) -> dict[str, Any]:
+    """Train two epochs, or the second one from a checkpoint; what was logged, and where the checkpoints are."""
+    L.seed_everything(0, verbose=False)
+    module = module_of(cell, model_dir)
+    losses = Losses()
+    saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    trainer = L.Trainer(
+        devices=world,
+        strategy=strategy_of(cell, world),
+        max_epochs=2,
+        precision=next((o.replace("_", "-") for o in cell.options if o.startswith("bf16")), "32-true"),
+        gradient_clip_val=None if cell.algorithm == "PPO" else 0.01,
+        callbacks=[losses, ExactResume(), saver, *([Uneven()] if "uneven" in cell.options else [])],
+        log_every_n_steps=1,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        **QUIET,
+    )
+    loader = loader_of(cell.algorithm, world)
+    trainer.fit(module, loader, loader, ckpt_path=ckpt)
+    kept = {p.dtype for p in module.parameters() if p.requires_grad}
+    assert kept == {torch.float32}, kept
+    return {"losses": losses.found, "norms": losses.norms, "steps": trainer.global_step}
+
+
+class Uneven(Callback):
+    """Sample after every batch, as many prompts as the rank is high, one at a time, to lengths that differ."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        before = [p.detach().full_tensor() for p in module.parameters() if p.requires_grad]
+        prompts = [[5, 6, 7], [8], [9, 10]][: 1 + 2 * trainer.global_rank]
+        how = Sampling(max_new_tokens=3 + 4 * trainer.global_rank, batch_size=1)
+        drawn = list(generate(module.policy, module.tokenizer, prompts, how, seeds=range(len(prompts))))
+        assert len(drawn) == len(prompts)
+        assert not module.policy.is_gathered
+        after = [p.detach().full_tensor() for p in module.parameters() if p.requires_grad]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def refusals(model_dir: str) -> dict[str, str]:
+    """What is refused under FSDP2, and how."""
+    small = partial(PPO, model_dir, Waves(), sampling=Sampling(max_new_tokens=2))
+    modules = {
+        "tensor": SFT(model_dir),
+        "8bit": SFT(model_dir, optimization=Optimization(name="adamw_8bit")),
+        "odin": RewardModel(model_dir, odin=ODIN()),
+        "tokens": small(update=Update(micro_batch_tokens=64)),
+        "uneven": small(update=Update(minibatch_size=4)),
+    }
+    mine = prompts(3 + 2 * int(os.environ["RANK"]), 8)
+    sampler = DistributedSampler(mine.dataset, 1, 0)  # in the name of all ranks, so that Lightning leaves it
+    other = DataLoader(mine.dataset, batch_size=8, sampler=sampler, collate_fn=mine.collate_fn)
+    found = {}
+    for name, module in modules.items():
+        sizes = {} if name == "tensor" else {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        trainer = L.Trainer(
+            devices=2,
+            strategy=ModelParallelStrategy(**sizes),
+            max_steps=2,
+            enable_checkpointing=False,
+            **QUIET,
+        )
+        try:
+            trainer.fit(module, other if name == "uneven" else loader_of(type(module).__name__, 2))
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def main(world: int, model_dir: str, folder: Path, names: list[str]) -> None:
+    """Every cell: trained, and resumed from its first epoch; ``NAME=CHECKPOINT`` is only resumed, from there."""
+    torch.set_num_threads(1)
+    if names[0] == "refusals":
+        torch.save(refusals(model_dir), folder / f"refusals.{os.environ['RANK']}")
+        names = names[1:]
+    for entry in names:
+        name, _, ckpt = entry.partition("=")
+        cell, place = Cell.named(name), folder / name
+        if ckpt:
+            found = {"resumed": run(cell, model_dir, place, world, ckpt=Path(ckpt))}
+        else:
+            found = {
+                "whole": run(cell, model_dir, place, world),
+                "resumed": run(cell, model_dir, place / "again", world, ckpt=place / "epoch=0.ckpt"),
+            }
+        torch.save(found, folder / f"{name}.{os.environ.get('RANK', 0)}")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
