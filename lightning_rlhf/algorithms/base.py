@@ -31,6 +31,7 @@ from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.settings import from_plain
 from lightning_rlhf.models.sharding import data_parallel, reshard, shard_all
 
+NUM_TOKENS = "num_tokens.total"
 HALF_PRECISION = ("bf16-true", "16-true")
 
 
@@ -308,7 +309,10 @@ class Algorithm(L.LightningModule):
         checkpoint["algorithm"] = type(self).__name__
         state = self.state_dict()
         checkpoint["shapes"] = shapes(state)
-        checkpoint["beside_parameters"] = beside_parameters(state, dict(self.named_parameters()))
+        beside = beside_parameters(state, dict(self.named_parameters()))
+        if self._trainer is not None:  # of all ranks: the first one takes it all when it goes on
+            beside[NUM_TOKENS] = self.trainer.strategy.reduce(self.num_tokens.total.clone(), reduce_op="sum")
+        checkpoint["beside_parameters"] = beside
         states = checkpoint.get("optimizer_states", [])
         if states and isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             checkpoint["optimizer_states"] = [
@@ -329,9 +333,15 @@ class Algorithm(L.LightningModule):
                 f"this is a checkpoint of {found or 'something else'}, not of {type(self).__name__}: to start from "
                 "its weights, export it with `lightning-rlhf export` and give the directory as the policy's path"
             )
+        beside = checkpoint["beside_parameters"]
+        if self._trainer is not None and not self.trainer.is_global_zero:
+            beside[NUM_TOKENS] = torch.zeros_like(beside[NUM_TOKENS])
         if self.device_mesh is not None:
             require_fit(shapes(self.state_dict()), checkpoint["shapes"], type(self).__name__)
-            super().load_state_dict(checkpoint["beside_parameters"], strict=False)
+            here = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in beside.items()}
+            super().load_state_dict(here, strict=False)
+        else:
+            checkpoint["state_dict"][NUM_TOKENS] = beside[NUM_TOKENS]
 
 
 def metric_key(stage: str, name: str) -> str:

@@ -121,6 +121,8 @@ class Online(Referenced):
         rollout = sample_rollout(
             batch, self.generator, self.policy, self.tokenizer, sampling or self.sampling, seeds
         )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of the KV cache, of sizes that the update never asks for
         self._generated = time.perf_counter() - self._began
         return rollout
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +105,7 @@ class GoodhartMonitor(Callback):
         self.alarms: list[int] = []
         self.best: dict[str, Any] = {}
         self._since = 0
+        self._began = self._seconds = 0.0
         self._prompts = PromptBatch((), (), ())
         self._judges: Judges | None = None
 
@@ -128,6 +130,7 @@ class GoodhartMonitor(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the prompts, and sample the starting policy unless a checkpoint did."""
+        self._began, self._seconds = time.perf_counter(), 0.0
         with torch.random.fork_rng(devices_of(pl_module)):
             self._prompts = held_out_prompts(trainer, parts_of(pl_module)[2], self.num_prompts)
         if not self.history:
@@ -164,6 +167,7 @@ class GoodhartMonitor(Callback):
     def _evaluate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *, at_start: bool = False
     ) -> dict[str, float]:
+        began = time.perf_counter()
         policy, reference, tokenizer = parts_of(pl_module)
         assert self._judges is not None
         with torch.random.fork_rng(devices_of(pl_module)):
@@ -172,7 +176,10 @@ class GoodhartMonitor(Callback):
         rows = gathered(own, trainer.world_size)
         self._remember(trainer.global_step if not at_start else 0, rows)
         result = self._test()
-        values = self._summary() | {"goodhart/alarm": float(result.alarm)}
+        values = self._summary() | {
+            "goodhart/alarm": float(result.alarm),
+            "goodhart/time_share": self._seconds / (began - self._began),
+        }
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "goodhart"  # a collective of all ranks
         if result.alarm:
             self._alarm(trainer, pl_module, result)
@@ -181,6 +188,7 @@ class GoodhartMonitor(Callback):
             logger.log_metrics(values, step=trainer.global_step)
         if trainer.is_global_zero:
             self._write(folder, values)
+        self._seconds += time.perf_counter() - began
         return values
 
     def _remember(self, step: int, rows: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from lightning_rlhf.algorithms.footprint import Forecast, Training, forecast
 from lightning_rlhf.cli.memory_config import Config, Sizes, training_of
 from lightning_rlhf.cli.memory_switches import Suggestion, suggestions
 from lightning_rlhf.cli.training import RLHFCLI
-from lightning_rlhf.models.memory import ACTIVATIONS, LOGITS
+from lightning_rlhf.models.memory import ACTIVATIONS, HOST, LOGITS
 
 GIB = 2**30
 RESERVE = GIB
@@ -124,6 +124,8 @@ def table_of(found: Forecast) -> Table:
         table.add_column(phase.name, justify="right", style="bold" if worst else "")
     names = dict.fromkeys(name for phase in found.phases for name in phase.peak.most)
     for name in sorted(names, key=lambda name: name in (ACTIVATIONS, LOGITS)):
+        if name == HOST:
+            continue
         most = max(phase.peak.most.get(name, 0) for phase in found.phases)
         if most >= unit / 200:
             cells = [phase.peak.parts.get(name, 0) for phase in found.phases]
@@ -154,6 +156,8 @@ def verdict(found: Forecast, device: Device) -> str:
     paged = (
         f"; {found.paged / GIB:,.2f} GiB of the optimizer are paged, in host memory" if found.paged else ""
     )
+    if found.offloaded:
+        paged += f"; {found.offloaded / GIB:,.2f} GiB of activations are held there"
     return (
         f"{needed / GIB:,.1f} GiB, {RESERVE / GIB:,.1f} of them assumed for context and libraries: {how} the "
         f"{device.memory / GIB:,.1f} GiB of {device.name}{paged}"

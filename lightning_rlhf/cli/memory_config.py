@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_rlhf.algorithms import DPO, KTO, PPO, SFT, OnlineDPO, RewardModel
@@ -74,7 +74,7 @@ def training_of(config: Config, sizes: Sizes) -> Training:
     precision = str(config["trainer"].get("precision"))
     return Training(
         algorithm=algorithm,
-        policy=Policy.from_config(model["policy"]),
+        policy=_policy(config),
         precision=PRECISIONS.get(precision, precision),
         optimizer=(model.get("optimization") or {}).get("name", "adamw"),
         groups=groups,
@@ -115,6 +115,13 @@ def class_of(config: Config, home: str = "lightning_rlhf") -> type:
     module, _, name = config["class_path"].rpartition(".")
     found: type = getattr(importlib.import_module(module or home), name)
     return found
+
+
+def _policy(config: Config) -> Policy:
+    """What is trained; on a CPU there is nowhere else to hold activations."""
+    policy = Policy.from_config(arguments(config["model"])["policy"])
+    on_cpu = config["trainer"].get("accelerator") == "cpu"
+    return replace(policy, offload_activations=False) if on_cpu else policy
 
 
 def _algorithm(model: Config) -> AlgorithmName:

@@ -13,6 +13,7 @@ from lightning_rlhf.models.loading import adapter_config
 WORTH = 0.98
 """A switch is left out where it leaves more than this share."""
 SHORTEST = 256
+CHECKPOINTING = "model.policy.gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,25 @@ def _halved(name: str, size: int, costs: str) -> Switch | None:
     return Switch({name: size // 2}, costs) if size > 1 else None
 
 
-def _checkpointing(config: Config, training: Training, worst: str) -> Switch | None:
+def _selective(config: Config, training: Training, worst: str) -> Switch | None:
     if training.policy.gradient_checkpointing:
         return None
-    return Switch({"model.policy.gradient_checkpointing": True}, "every layer's forward a second time")
+    return Switch({CHECKPOINTING: "selective"}, "what is between the products a second time")
+
+
+def _checkpointing(config: Config, training: Training, worst: str) -> Switch | None:
+    if training.policy.gradient_checkpointing is True:
+        return None
+    return Switch({CHECKPOINTING: True}, "every layer's forward a second time")
+
+
+def _offload(config: Config, training: Training, worst: str) -> Switch | None:
+    policy = training.policy
+    if policy.offload_activations or not policy.gradient_checkpointing:
+        return None
+    if config["trainer"].get("accelerator") == "cpu":
+        return None
+    return Switch({"model.policy.offload_activations": True}, "copies to the host and back")
 
 
 def _optimizer(config: Config, training: Training, worst: str) -> Switch | None:
@@ -198,12 +214,14 @@ def _trains_adapter(training: Training) -> bool:
 KINDS: tuple[Callable[[Config, Training, str], Switch | None], ...] = (
     _precompute,
     _smaller,
+    _selective,
     _checkpointing,
     _optimizer,
     _critic,
     _precision,
     _lora,
     _four_bits,
+    _offload,
     _smaller,
     _shorter,
 )

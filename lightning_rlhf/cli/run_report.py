@@ -93,8 +93,8 @@ def gather(folder: RunFolder) -> Run:
         return _labelling(folder, reader)
     curves, problems = read_curves(folder.logs)
     configuration = _configuration(folder, reader)
-    checkpoint = reader.read(_newest_checkpoint(folder), read_checkpoint, {})
-    facts = [reader.json(log / RUN_FILE, {}) for log in folder.logs]
+    checkpoint: dict[str, Any] = reader.read(_newest_checkpoint(folder), read_checkpoint, {})
+    facts: list[dict[str, Any]] = [reader.json(log / RUN_FILE, {}) for log in folder.logs]
     evaluated = _last(folder.logs, "goodhart/evaluations.json")
     written = [log / name for log in folder.logs for name in ("metrics.csv", "hacking/hacking.json")]
     return Run(
@@ -182,11 +182,15 @@ def _versions(facts: Sequence[dict[str, Any]], checkpoint: dict[str, Any]) -> di
     return {"lightning": str(lightning)} if lightning else {}
 
 
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def _samples(logs: Sequence[Path], reader: Reader) -> dict[int, list[dict[str, Any]]]:
     found: dict[int, list[dict[str, Any]]] = {}
     for log in logs:
         for path in sorted(log.glob("samples/step-*.jsonl"), key=natural):
-            rows = reader.read(path, lambda p: [json.loads(line) for line in p.read_text().splitlines()], [])
+            rows: list[dict[str, Any]] = reader.read(path, _json_lines, [])
             if rows:
                 found[int(path.stem.removeprefix("step-"))] = rows
     return dict(sorted(found.items()))

@@ -191,8 +191,9 @@ def detector_row(detector: Detector, values: Mapping[str, Any]) -> Element | Non
 
 
 def _change(detector: Detector, values: Mapping[str, Any], name: str, neutral: float) -> tuple[str, str, str]:
-    found = [values.get(key) for key in (name, f"{name}_lower", f"{name}_upper")]
-    if any(value is None for value in found):
+    keys = (name, f"{name}_lower", f"{name}_upper")
+    found = [value for key in keys if (value := values.get(key)) is not None]
+    if len(found) < len(keys):
         return "", "too little seen", "soft"
     unit = "ratio" if neutral else ("points" if detector.unit == "share" else detector.unit)
     middle, lower, upper = (shown_change(value, unit) for value in found)

@@ -112,6 +112,9 @@ MEANINGS = {
     "goodhart/alarm": Meaning(
         "Alarm", "0 or 1", "1 where gold fell while the proxy rose by more than chance."
     ),
+    "goodhart/time_share": Meaning(
+        "Share of time", "0 to 1", "What the monitor itself takes of the training."
+    ),
 }
 GROUPS = {
     "": "General",

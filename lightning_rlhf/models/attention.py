@@ -8,8 +8,8 @@ Backends, chosen by what the device and the model allow:
 
 ============  =============================================================================================
 ``segments``  one ``scaled_dot_product_attention`` a run of queries: CPU, and whatever the others can't do
-``varlen``    ``torch.nn.attention.varlen`` on CUDA in half precision
-``flex``      FlexAttention on CUDA: soft-capped logits, and float32
+``varlen``    ``torch.nn.attention.varlen`` on CUDA in half precision, from compute capability 8.0 (Ampere)
+``flex``      FlexAttention on CUDA from 7.0 (Volta): soft-capped logits, attention sinks, float32, wide heads
 ============  =============================================================================================
 """
 
@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,7 +32,7 @@ from lightning_rlhf.data.packing import Segment
 
 NAME = "shared_prefix"
 Backend = Literal["segments", "varlen", "flex"]
-MAX_VARLEN_HEAD_DIM = 256
+MAX_VARLEN_HEAD_DIM, MIN_FLEX_HEAD_DIM = 256, 16
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ class SharedPrefixPlan:
 
 
 def choose_backend(query: Tensor, *, softcap: float | None, sinks: Tensor | None, dropout: float) -> Backend:
-    """The fastest backend that honours everything the layer asks for.
+    """The fastest backend that the device has, and that honours everything the layer asks for.
 
     Args:
         query: ``(1, heads, T, head_dim)``.
@@ -145,12 +145,45 @@ def choose_backend(query: Tensor, *, softcap: float | None, sinks: Tensor | None
         >>> choose_backend(torch.zeros(1, 1, 2, 8), softcap=None, sinks=None, dropout=0.0)
         'segments'
     """
-    if query.device.type != "cuda" or sinks is not None or dropout > 0:
+    if query.device.type != "cuda":
         return "segments"
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and softcap is None and query.shape[-1] <= MAX_VARLEN_HEAD_DIM:
+    plain = softcap is None and sinks is None
+    return backend_of_cuda(
+        torch.cuda.get_device_capability(query.device),
+        query.dtype,
+        query.shape[-1],
+        plain=plain,
+        dropout=dropout > 0,
+    )
+
+
+def backend_of_cuda(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, plain: bool, dropout: bool
+) -> Backend:
+    """The fastest backend on a GPU.
+
+    Args:
+        capability: Of the GPU.
+        dtype: Of the queries.
+        head_dim: Of the queries.
+        plain: Whether the logits are left alone: neither capped nor joined by a sink's.
+        dropout: Whether weights are dropped.
+
+    Returns:
+        The backend's name.
+
+    Example:
+        >>> backend_of_cuda((9, 0), torch.bfloat16, 128, plain=True, dropout=False)
+        'varlen'
+        >>> backend_of_cuda((7, 5), torch.float16, 128, plain=True, dropout=False)
+        'flex'
+    """
+    if dropout or capability < (7, 0):
+        return "segments"
+    half = dtype in (torch.bfloat16, torch.float16)
+    if plain and half and head_dim <= MAX_VARLEN_HEAD_DIM and capability >= (8, 0):
         return "varlen"
-    return "flex"
+    return "flex" if head_dim >= MIN_FLEX_HEAD_DIM else "segments"
 
 
 def shared_prefix_attention(
@@ -203,7 +236,7 @@ def shared_prefix_attention(
         ), None
     if backend == "varlen":
         return _by_varlen(query, key, value, shared_prefix, scaling, sliding_window), None
-    return _by_flex(query, key, value, shared_prefix, scaling, sliding_window, softcap), None
+    return _by_flex(query, key, value, shared_prefix, scaling, sliding_window, softcap, s_aux), None
 
 
 def _by_segments(
@@ -302,8 +335,8 @@ def _by_varlen(
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Tensor]:
-    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True))
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _by_flex(
@@ -314,6 +347,7 @@ def _by_flex(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     cap = softcap
 
@@ -321,9 +355,9 @@ def _by_flex(
         return score if cap is None else cap * torch.tanh(score / cap)
 
     # Uncompiled it is FlexAttention's own reference, which is how it is tested where there is no GPU.
-    reference = cast(Callable[..., Tensor], flex_attention)
+    reference = cast(Callable[..., Any], flex_attention)
     run = _compiled_flex() if query.device.type == "cuda" else reference
-    output = run(
+    output, aux = run(
         query,
         key,
         value,
@@ -331,8 +365,13 @@ def _by_flex(
         block_mask=plan.block_mask(window),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=sinks is not None),
     )
-    return output.transpose(1, 2)
+    if sinks is not None:
+        # A sink adds exp(sink) to the softmax's denominator, exp(lse), and nothing to its numerator.
+        share = torch.sigmoid(aux.lse - sinks.float().reshape(1, -1, 1))
+        output = output * share[..., None].to(output.dtype)
+    return cast(Tensor, output.transpose(1, 2))
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

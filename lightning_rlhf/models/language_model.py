@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lightning_rlhf.data.packing import PackedBatch, PaddedBatch
 from lightning_rlhf.functional import TokenLogprobs, token_logprobs
 from lightning_rlhf.models import attention
+from lightning_rlhf.models.checkpointing import HostMemory, selective_contexts
 from lightning_rlhf.models.settings import Layout, check_choice
 
 LOGITS_AT_A_TIME = 2**26
@@ -57,6 +58,8 @@ class LanguageModel(nn.Module):
         self.is_gathered = False  # see models.sharding
         self.stored: frozenset[str] = frozenset()  # sharded 4-bit weights, which no cast may touch
         self._warned_of_context = False
+        self._selective = False
+        self.offload: Callable[[], AbstractContextManager[Any]] = nullcontext
         if layout == "shared_prefix":
             self._attach()
 
@@ -187,9 +190,12 @@ class LanguageModel(nn.Module):
         """The last hidden state at every place of every row, ``(N·L, H)``."""
 
         def of_rows(rows: Tensor) -> Tensor:
-            output = self.causal_lm.get_decoder()(
-                input_ids=batch.input_ids[rows], attention_mask=batch.attention_mask[rows], use_cache=False
-            )
+            with self.offload():
+                output = self.causal_lm.get_decoder()(
+                    input_ids=batch.input_ids[rows],
+                    attention_mask=batch.attention_mask[rows],
+                    use_cache=False,
+                )
             return cast(Tensor, output.last_hidden_state)
 
         first, others = _by_flag(learned, batch.input_ids.device)
@@ -218,15 +224,16 @@ class LanguageModel(nn.Module):
         return torch.cat([hidden, after])[torch.cat([here, there]).argsort()]
 
     def _of_row(self, input_ids: Tensor, plan: attention.SharedPrefixPlan) -> Tensor:
-        output = self.causal_lm.get_decoder()(
-            input_ids=input_ids[None],
-            position_ids=plan.position_ids[None],
-            # A mask that is already four-dimensional is left as it is: Transformers would otherwise see positions
-            # that restart and build a dense one. The attention reads the plan and never this tensor.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
-            use_cache=False,
-            shared_prefix=plan,
-        )
+        with self.offload():
+            output = self.causal_lm.get_decoder()(
+                input_ids=input_ids[None],
+                position_ids=plan.position_ids[None],
+                # A mask that is already four-dimensional is left as it is: Transformers would otherwise see positions
+                # that restart and build a dense one. The attention reads the plan and never this tensor.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
+                use_cache=False,
+                shared_prefix=plan,
+            )
         return cast(Tensor, output.last_hidden_state[0])
 
     def touch(self) -> None:
@@ -305,19 +312,27 @@ class LanguageModel(nn.Module):
         """
         return self._switched([] if adapter is None else [adapter], disabled=adapter is None)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute activations again in the backward instead of keeping them."""
+    def enable_gradient_checkpointing(self, *, selective: bool = False, offload: bool = False) -> None:
+        """Compute activations again in the backward instead of keeping them.
+
+        Args:
+            selective: Keep the results of attention and of the products with the weights.
+            offload: Hold the layers' inputs in the host's memory.
+        """
+        self._selective = selective
+        self.offload = HostMemory if offload else nullcontext
         self.causal_lm.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
         )
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """For the forward of a layer and for computing it again: the role of now. All layers are in the same one."""
+        forward, again = selective_contexts() if self._selective else (nullcontext(), nullcontext())
         layer = next((m for m in self.modules() if isinstance(m, BaseTunerLayer)), None)
         if layer is None:
-            return nullcontext(), nullcontext()
+            return forward, again
         active, disabled = layer._active_adapter, layer._disable_adapters
-        return nullcontext(), self._switched(cast(list[str], active), disabled)
+        return forward, _both(self._switched(cast(list[str], active), disabled), again)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
         # Adapters stay float32 whatever precision the Trainer casts the module to: an update of 1e-5 does not
@@ -335,6 +350,12 @@ class LanguageModel(nn.Module):
 
         super()._apply(moved, recurse)
         return self
+
+
+@contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 def _by_flag(flags: Sequence[bool], device: torch.device) -> tuple[Tensor, Tensor]:

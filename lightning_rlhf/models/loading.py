@@ -103,7 +103,9 @@ def prepare(model: PreTrainedModel, policy: Policy, *, adapter_path: str | None 
         wrapped = get_peft_model(model, lora_config(policy.lora), adapter_name=POLICY_ADAPTER)
     language_model = LanguageModel(wrapped, layout=policy.layout)
     if policy.gradient_checkpointing:
-        language_model.enable_gradient_checkpointing()
+        language_model.enable_gradient_checkpointing(
+            selective=policy.gradient_checkpointing == "selective", offload=policy.offload_activations
+        )
     return language_model
 
 
@@ -193,10 +195,22 @@ def keep_gradients_on_cpu(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether bitsandbytes holds some of a model's weights in 4 or 8 bits."""
+    import bitsandbytes as bnb
+
+    return any(isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for m in model.modules())
+
+
+def unquantized_experts(model: nn.Module) -> dict[str, int]:
+    """Names and sizes of fused expert weights: bitsandbytes quantises linear layers only."""
+    return {n: p.numel() for n, p in model.named_parameters() if p.ndim == 3 and p.is_floating_point()}
+
+
 def _warn_of_unquantized_experts(model: PreTrainedModel) -> None:
-    fused = [name for name, p in model.named_parameters() if p.ndim == 3 and p.is_floating_point()]
+    fused = unquantized_experts(model)
     if fused:
-        count = sum(model.get_parameter(name).numel() for name in fused)
+        count = sum(fused.values())
         warnings.warn(
             f"{len(fused)} fused expert weights ({count / 1e6:,.0f}M parameters) stay in {model.dtype}: bitsandbytes "
             "quantises linear layers only",

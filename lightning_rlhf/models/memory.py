@@ -5,6 +5,7 @@ nothing is allocated. :class:`MemoryLedger` notes every storage that comes and g
 time.
 """
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.attention import causal_mask
 
-ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
+ACTIVATIONS, LOGITS, GRADIENTS, HOST = "activations", "logits", "gradients", "host memory"
+GROUPED = "aten::_grouped_mm"
 MIN_8BIT, MIN_PAGED, BLOCK_8BIT = 4_096, 100_000, 256
 """bitsandbytes keeps smaller tensors' moments in float32, and pages none below the second; values an 8-bit scale."""
 
@@ -54,6 +56,7 @@ class MemoryLedger(TorchDispatchMode):
     """Bytes of all storages made while it is active, by category, and their peak.
 
     What is new is an activation, or logits where its last dimension is the vocabulary; :meth:`mark` says otherwise.
+    What is in the host's memory is not part of the peak.
 
     Args:
         vocab_size: Of the model.
@@ -82,7 +85,8 @@ class MemoryLedger(TorchDispatchMode):
     @property
     def peak(self) -> Peak:
         """The most there was at a time since :meth:`reset_peak`."""
-        return Peak({name: size for name, size in self._peak.items() if size}, dict(self.most))
+        parts = {name: size for name, size in self._peak.items() if size and name != HOST}
+        return Peak(parts, dict(self.most))
 
     @contextmanager
     def fake(self) -> Iterator[None]:
@@ -103,10 +107,15 @@ class MemoryLedger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Compute, and note what is new."""
-        output = func(*args, **(kwargs or {}))
+        name = func.name()
+        output = _by_experts(*args, **(kwargs or {})) if name == GROUPED else func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
+        if name in WORKSPACE:
+            size = WORKSPACE[name](args)
+            self.book(ACTIVATIONS, size)
+            self.book(ACTIVATIONS, -size)
         return output
 
     def _note(self, tensor: Tensor) -> None:
@@ -123,6 +132,8 @@ class MemoryLedger(TorchDispatchMode):
         """Add bytes that are there until the end, or take some away."""
         self.live[category] += size
         self.most[category] = max(self.most[category], self.live[category])
+        if category == HOST:
+            return
         self._total += size
         if self._total > self._peak_total:
             self._peak_total, self._peak = self._total, dict(self.live)
@@ -159,6 +170,12 @@ class MemoryLedger(TorchDispatchMode):
                 self.book(before, -storage.nbytes())
                 self.book(category, storage.nbytes())
 
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in the host's memory, booked there."""
+        copied = tensor.clone()
+        self.mark([copied], HOST)
+        return copied
+
     def watch_gradients(self, module: nn.Module) -> None:
         """Book the gradients of a module's parameters as such, as soon as they are there."""
 
@@ -177,6 +194,28 @@ class MemoryLedger(TorchDispatchMode):
     def without_data(self, batch: PackedBatch) -> PackedBatch:
         """A batch of the same shapes."""
         return batch._map(self._mode.from_tensor)
+
+
+def _by_experts(
+    left: Tensor,
+    right: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: Any = None,  # noqa: ANN401
+) -> Tensor:
+    """The result of a product grouped by experts, without data: PyTorch has a rule for bfloat16 only."""
+    groups = [] if left.ndim == right.ndim - 1 or right.ndim == left.ndim - 1 else [_num_groups(left, offs)]
+    return left.new_empty([*groups, left.shape[-2], right.shape[-1]], dtype=out_dtype)
+
+
+def _num_groups(left: Tensor, offs: Tensor | None) -> int:
+    return len(left) if offs is None else len(offs)
+
+
+# What kernels use inside and give back: 4-bit weights, dequantised for a product.
+WORKSPACE: dict[str, Callable[[Any], int]] = {
+    "bitsandbytes::gemm_4bit": lambda args: math.prod(args[2]) * args[0].element_size(),
+}
 
 
 def _with_storage(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Layout = Literal["shared_prefix", "padded"]
+Checkpointing = bool | Literal["selective"]
 
 LORA_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "eva")
 
@@ -106,7 +107,9 @@ class Policy:
         lora: Train an adapter instead of the weights.
         quantization: Load the base in 4 or 8 bits; needs ``lora``.
         layout: ``shared_prefix`` computes every prompt once and no padding; ``padded`` is the reference.
-        gradient_checkpointing: Compute activations again in the backward instead of keeping them.
+        gradient_checkpointing: Compute activations again in the backward instead of keeping them. ``selective`` keeps
+            the results of attention and of the products with the weights, and computes only the rest again.
+        offload_activations: Hold the inputs that checkpointed layers keep in the host's memory; a CPU has no other.
         trust_remote_code: Run code that comes with the model.
     """
 
@@ -115,13 +118,23 @@ class Policy:
     lora: LoRA | None = None
     quantization: Quantization | None = None
     layout: Layout = "shared_prefix"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
+    offload_activations: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can only be a slip: another layout would be computed without a word, and wrongly."""
         check_choice("policy.dtype", self.dtype, Dtype)
         check_choice("policy.layout", self.layout, Layout)
+        if self.gradient_checkpointing not in (False, True, "selective"):
+            raise ValueError(
+                f"policy.gradient_checkpointing is {self.gradient_checkpointing!r}; it must be true, false or selective"
+            )
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "policy.offload_activations moves what checkpointed layers keep: set policy.gradient_checkpointing: "
+                "true as well"
+            )
         for name, value, kind in (
             ("lora", self.lora, LoRA),
             ("quantization", self.quantization, Quantization),

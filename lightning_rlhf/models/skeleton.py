@@ -50,7 +50,7 @@ def skeleton(policy: Policy) -> LanguageModel:
             config, dtype=dtype, trust_remote_code=policy.trust_remote_code
         )
     if policy.quantization is not None:
-        _quantize(base, policy.quantization)
+        quantize_layers(base, policy.quantization)
     wrapped: PreTrainedModel | PeftModel = base.train()
     settings: PeftConfig | None = None if policy.lora is None else lora_config(policy.lora)
     if adapter is not None:
@@ -61,11 +61,13 @@ def skeleton(policy: Policy) -> LanguageModel:
     # Outside: the probe of the layout computes on a shrunk copy.
     model = LanguageModel(wrapped, layout=policy.layout)
     if policy.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(
+            selective=policy.gradient_checkpointing == "selective", offload=policy.offload_activations
+        )
     return model
 
 
-def _quantize(model: PreTrainedModel, quantization: Quantization) -> None:
+def quantize_layers(model: PreTrainedModel, quantization: Quantization) -> None:
     """As Transformers does while it loads: all linear layers but the head."""
     from bitsandbytes import functional
 

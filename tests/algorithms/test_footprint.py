@@ -1,11 +1,14 @@
 from functools import lru_cache
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from lightning_rlhf.algorithms.footprint import RewardRole, Training, forecast
+from lightning_rlhf.algorithms.footprint.phases import Step
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import LoRA, Policy, Quantization, load_language_model
+from lightning_rlhf.models.memory import MemoryLedger
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 2, 2, 16, 97
 FULL = {"groups": 3, "prompt": 6, "completion": 4}
@@ -80,6 +83,28 @@ def test_checkpointing_keeps_no_layers(path):
     policy = Policy(path, gradient_checkpointing=True)
     shallow = found(path, "SFT", policy, prompt=100, completion=100).worst.peak.most["activations"]
     assert shallow < 0.6 * deep
+
+
+def test_what_is_offloaded_is_in_the_hosts_memory(path):
+    long = {"groups": 16, "prompt": 100, "completion": 100}
+    on_device, offloaded = (
+        found(path, "SFT", Policy(path, gradient_checkpointing=True, offload_activations=where), **long)
+        for where in (False, True)
+    )
+    inputs = 16 * 200 * HEADS * WIDTH * 4
+    assert on_device.offloaded == 0
+    assert LAYERS * inputs <= offloaded.offloaded <= (LAYERS + 4) * inputs
+    # One layer's input is back while the layer is computed again.
+    assert offloaded.total < on_device.total - 0.9 * (LAYERS - 1) * inputs
+    assert "host memory" not in offloaded.parts
+
+
+def test_selective_checkpointing_keeps_the_costly_part(path):
+    totals = [
+        found(path, "SFT", Policy(path, gradient_checkpointing=kind), prompt=100, completion=100).total
+        for kind in (True, "selective", False)
+    ]
+    assert totals == sorted(set(totals))
 
 
 def test_mixed_precision_casts_what_it_computes_with(path):
@@ -194,15 +219,49 @@ def test_layouts_and_families_are_whatever_they_compute(path, tmp_path):
         assert found(str(folder), "DPO", Policy(str(folder), lora=LORA), completions=2).total > 0
 
 
-def test_a_model_that_needs_data_is_named(tmp_path):
-    """PyTorch has no rule for the shape of a product grouped by experts in float32."""
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_experts_are_predicted_in_every_precision(precision, tmp_path):
     from tests.models.families import tiny
 
-    tiny("Qwen3MoeConfig").config.save_pretrained(tmp_path)
+    model = tiny("Qwen3MoeConfig")
+    model.config.save_pretrained(tmp_path)
+    parts = found(str(tmp_path), "SFT", Policy(str(tmp_path)), precision=precision).parts
+    size = 2 if precision == "bf16-true" else 4
+    assert parts["policy"] == pytest.approx(size * model.num_parameters(), rel=0.01)
+
+
+def test_experts_that_stay_as_they_are_have_a_row_of_their_own(tmp_path):
+    from tests.models.families import tiny
+
+    model = tiny("Qwen3MoeConfig")
+    model.config.save_pretrained(tmp_path)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    policy = Policy(str(tmp_path), lora=LORA, quantization=Quantization())
+    parts = found(str(tmp_path), "SFT", policy).parts
+    assert parts["policy, experts not quantised"] == 2 * experts > 0
+    assert "policy, experts not quantised" not in found(str(tmp_path), "SFT", Policy(str(tmp_path))).parts
+
+
+def test_a_model_that_needs_data_is_named(path, monkeypatch):
+    """The shape of what is not 0 depends on the numbers."""
+    monkeypatch.setattr(Step, "loss", lambda *_: torch.zeros(3).nonzero().sum())
     with pytest.raises(
-        NotImplementedError, match="Qwen3MoeForCausalLM in 32-true cannot be computed without data"
+        NotImplementedError, match="LlamaForCausalLM in 32-true cannot be computed without data"
     ):
-        found(str(tmp_path), "SFT")
+        forecast(Training("SFT", Policy(path), **FULL))
+
+
+def test_what_a_4_bit_product_uses_inside_is_counted():
+    """bitsandbytes dequantises the weights in it: 1,000 columns of 64 in float32, beside 7 rows and their result."""
+    from bitsandbytes import functional
+
+    ledger = MemoryLedger()
+    packed, state = functional.quantize_4bit(torch.zeros(1000, 64), quant_type="nf4")
+    with ledger.fake():
+        rows = torch.zeros(7, 64)
+        torch.ops.bitsandbytes.gemm_4bit(rows, packed.view(-1, 1), [1000, 64], state.absmax, 64, "nf4")
+    assert ledger.peak.parts["activations"] == pytest.approx(4 * (7 * 64 + 7 * 1000 + 1000 * 64), rel=0.2)
+    assert ledger.peak.parts["activations"] >= 4 * (7 * 64 + 7 * 1000 + 1000 * 64)
 
 
 @pytest.mark.parametrize("name", ["groups", "prompt", "completion", "members"])

@@ -18,7 +18,7 @@ def experiment(tmp_path):
     (tmp_path / "lightning_rlhf").symlink_to(ROOT / "lightning_rlhf")
     settings = yaml.safe_load((RECIPES / "experiments/goodhart.yaml").read_text())
     settings |= {"seeds": [3], "coefs": [0.0], "jobs": 1}
-    settings["sizes"] = {"num_demonstrations": 64, "num_pairs": 32, "num_layers": 1}
+    settings["sizes"] = {"num_demonstrations": 64, "num_pairs": 32, "num_rankings": 8, "num_layers": 1}
     stages = settings["stages"]
     for name in ("sft", "reward", "ensemble", "refreshed"):
         stages[name]["overrides"] |= {"trainer.max_epochs": 1}
@@ -46,6 +46,7 @@ def experiment(tmp_path):
     }
     stages.pop("unbiased")
     stages.pop("odin")
+    stages.pop("informed")
     (tmp_path / "goodhart.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return tmp_path / "goodhart"
 

@@ -132,6 +132,17 @@ def test_what_can_not_fit_tries_every_switch_and_says_so(program, bare):
     assert -1 < places[0] < places[1] < places[2]
 
 
+def test_activations_are_held_on_the_host_of_a_gpu(program, bare):
+    """Long rows: not on a CPU, which is the host."""
+    flags = ["--data.max_length", 4000, "--data.max_prompt_length", 2000, "--trainer.precision", 32]
+    flags += ["--model.policy.gradient_checkpointing", "true", "--model.policy.offload_activations", "true"]
+    arguments = words("sft", *flags, "--model.policy.path", bare, "--gpu", "RTX 4090")
+    _, printed, _ = program("memory", *arguments)
+    assert "GiB of activations are held there" in printed
+    _, printed, _ = program("memory", *arguments, "--trainer.accelerator", "cpu")
+    assert "held there" not in printed
+
+
 def test_devices_go_by_name_or_size():
     assert device_of("h100", None, "auto") == Device("H100", 80 * GIB)
     assert device_of(None, 1.5, "auto") == Device("1.5 GiB", 3 * GIB // 2)
@@ -172,6 +183,19 @@ def test_running_out_of_memory_shows_what_it_takes_and_what_would_help(program, 
     assert "does not fit into the 1.0 GiB of a small GPU" in error
     assert "--data.batch_size" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "online_dpo"])
+def test_running_out_of_memory_shows_the_phases_of_what_samples(recipe, bare, monkeypatch):
+    monkeypatch.setattr(memory, "device_of", lambda *_: Device("a small GPU", RESERVE + 2**20))
+    flags = ["--model.reward.model", bare, "--model.sampling.max_new_tokens", 24, "--data.batch_size", 4]
+    arguments = words(recipe, *SHORT, "--model.policy.path", bare, *flags)
+    text = str(memory.does_not_fit(torch.OutOfMemoryError("CUDA out of memory."), arguments))
+    assert text.startswith("CUDA out of memory.")
+    for phase in ("generation", "scoring", "policy and", "forward and", "KV cache", "reward model 0"):
+        assert phase in text
+    assert "does not fit into the 1.0 GiB of a small GPU" in text
+    assert "--model.policy.lora.r 16" in text
 
 
 def test_running_out_of_memory_keeps_the_original(out_of_memory):

@@ -141,7 +141,8 @@ def test_longrope_uses_padded_past_the_original_context(batch):
 
 @pytest.mark.parametrize("window", [None, WINDOW])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_flex_equals_segments(batch, window, softcap):
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-2.0, 0.0, 1.0, 3.0])])
+def test_flex_equals_segments(batch, window, softcap, sinks):
     query, key, value = (
         torch.randn(1, 4, len(batch.input_ids), 8),
         *torch.randn(2, 1, 2, len(batch.input_ids), 8),
@@ -155,6 +156,7 @@ def test_flex_equals_segments(batch, window, softcap):
             None,
             sliding_window=window,
             softcap=softcap,
+            s_aux=sinks,
             shared_prefix=A.SharedPrefixPlan(batch.segments, batch.position_ids, backend=backend),
         )[0]
         for backend in ("segments", "flex")
@@ -184,6 +186,18 @@ def test_flex_and_varlen_after_a_forward_before(batch, window):
         torch.testing.assert_close(attend(following, others.tokens), whole[:, others.tokens])
 
 
+FLEX = ["LlamaConfig", "Qwen3Config", "MistralConfig", "Gemma2Config", "Gemma3TextConfig", "GptOssConfig"]
+
+
+@pytest.mark.parametrize("name", FLEX)
+@torch.no_grad()  # FlexAttention has no backward on a CPU
+def test_flex_equals_padded(name, batch, monkeypatch):
+    model = LanguageModel(tiny(name))  # probed by segments
+    monkeypatch.setattr(A, "choose_backend", lambda *args, **kwargs: "flex")
+    expected = LanguageModel(tiny(name), layout="padded")(batch).logprobs
+    torch.testing.assert_close(model(batch).logprobs, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_varlen_plan_by_hand():
     batch = pack([PromptGroup([1, 2], [[3], [4, 5]]), PromptGroup([6], [[7]])])
     plan = A.SharedPrefixPlan(batch.segments, batch.position_ids)
@@ -210,23 +224,45 @@ def test_varlen_keys_and_offsets_give_the_segments_result(batch):
         torch.testing.assert_close(output.transpose(1, 2), expected[:, q:q_end])
 
 
-def test_backend_by_what_is_asked():
-    query = torch.zeros(1, 2, 3, 8)
-    assert A.choose_backend(query, softcap=None, sinks=None, dropout=0.0) == "segments"
-    fake = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16, device="meta")
-    assert A.choose_backend(fake, softcap=None, sinks=None, dropout=0.0) == "segments"
+AMPERE, TURING, PASCAL = (8, 0), (7, 5), (6, 1)
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "head_dim", "how", "expected"),
+    [
+        (AMPERE, HALF, 128, {}, "varlen"),
+        (AMPERE, torch.float16, 256, {}, "varlen"),
+        (AMPERE, HALF, 288, {}, "flex"),
+        (AMPERE, torch.float32, 128, {}, "flex"),
+        (AMPERE, HALF, 128, {"plain": False}, "flex"),
+        (AMPERE, HALF, 128, {"dropout": True}, "segments"),
+        (AMPERE, torch.float32, 8, {}, "segments"),
+        (TURING, torch.float16, 128, {}, "flex"),
+        (PASCAL, torch.float16, 128, {}, "segments"),
+    ],
+)
+def test_backend_by_what_is_asked(gpu, dtype, head_dim, how, expected):
+    how = {"plain": True, "dropout": False, **how}
+    assert A.backend_of_cuda(gpu, dtype, head_dim, **how) == expected
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3Config", "MistralConfig", "Gemma2Config"])
+@pytest.mark.parametrize("name", FLEX)
 @pytest.mark.parametrize("backend", ["varlen", "flex"])
 def test_cuda_backends_equal_padded(name, backend, batch, monkeypatch):
-    if backend == "varlen" and name == "Gemma2Config":
-        pytest.skip("varlen has no soft cap: flex serves this model")
-    dtype = torch.bfloat16
-    monkeypatch.setattr(A, "choose_backend", lambda *args, **kwargs: backend)
-    model = LanguageModel(tiny(name).to("cuda", dtype))
-    reference = LanguageModel(tiny(name).to("cuda", dtype), layout="padded")
+    """Values in bfloat16 within its precision; by flex also in float32, gradients included, to 1e-5."""
+    capped = name in ("Gemma2Config", "GptOssConfig")
+    if backend == "varlen" and capped:
+        pytest.skip("varlen has neither soft cap nor sinks: flex serves this model")
     batch = batch.to("cuda")
-    gap = (model(batch).logprobs - reference(batch).logprobs).abs()
-    assert gap.mean() < 0.05
+    dtypes = (torch.bfloat16,) if backend == "varlen" else (torch.bfloat16, torch.float32)
+    for dtype in dtypes:
+        model = LanguageModel(tiny(name).to("cuda", dtype))
+        reference = LanguageModel(tiny(name).to("cuda", dtype), layout="padded")
+        monkeypatch.setattr(A, "choose_backend", lambda *args, **kwargs: backend)
+        if dtype == torch.float32:
+            assert_same(model, reference, batch)
+        gap = (model(batch).logprobs - reference(batch).logprobs).abs()
+        assert gap.mean() < 0.05
+        monkeypatch.undo()

@@ -35,11 +35,13 @@ PAIRWISE = {
     *("OnlineDPO-lora-fsdp2", "OnlineDPO-nf4-ddp", "OnlineDPO-full-ddp"),
 }
 EVERY = {"-".join(cell) for cell in itertools.product(ALGORITHMS, WEIGHTS, STRATEGIES)}
-# Beside the matrix: one file a rank, activations computed again, half precision.
+# Beside the matrix: one file a rank, activations computed again, a reference that follows, half precision.
 OPTIONS = {
     "SFT-lora-fsdp2-sharded",
     "PPO-full-fsdp2-sharded",
     "PPO-lora-fsdp2-checkpointing",
+    "OnlineDPO-lora-fsdp2-follow",
+    "OnlineDPO-full-fsdp2-follow",
 }
 HALF = {"DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"}
 # Ranks sample other numbers of prompts, to other lengths, after every batch.
@@ -90,7 +92,7 @@ class Runs:
 
     def __call__(self, name):
         algorithm, weights, *_ = name.split("-")
-        key = f"{algorithm}-{weights}-single"
+        key = "-".join((algorithm, weights, "single", *(["follow"] if "follow" in name else [])))
         if key not in self.kept:
             self.kept[key] = run(Cell.named(key), self.model_dir, self.folder / key, 1)
         return self.folder / key, self.kept[key]
@@ -132,6 +134,7 @@ def check(name, ranks, single):
         assert len({round(next(iter(values.values())), 6) for values in one["losses"]}) > 1  # it learns
     for rank in ranks:
         assert rank["whole"]["losses"] == whole["losses"]
+        assert rank["resumed"]["tokens"] == rank["whole"]["tokens"] == one["tokens"]
         # The second epoch again, from the checkpoint of the first one: bit for bit.
         assert rank["resumed"]["losses"] == rank["whole"]["losses"][-len(resumed["losses"]) :]
         assert rank["resumed"]["norms"] == rank["whole"]["norms"][-len(resumed["norms"]) :]
@@ -213,6 +216,7 @@ def test_one_process_goes_on_from_two(name, quick, single, llama_dir, place, tmp
     rest = {key: whole[key][-len(again[key]) :] for key in ("losses", "norms")}
     close(again, rest)
     assert len(again["losses"]) == 2
+    assert again["tokens"] == whole["tokens"]
 
 
 @pytest.mark.parametrize("name", OTHER_NUMBERS)
@@ -222,6 +226,7 @@ def test_two_processes_go_on_from_one(name, quick, single):
         again = rank["resumed"]
         close(again, {key: whole[key][-len(again[key]) :] for key in ("losses", "norms")})
         assert len(again["losses"]) == 2
+        assert again["tokens"] == whole["tokens"]
 
 
 @pytest.mark.parametrize("columns", [(0, 1), (0, 2), (1, 2)], ids=str)

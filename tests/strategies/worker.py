@@ -95,6 +95,8 @@ def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
         "kl": KLControl(coef=0.1, target=0.01, horizon=50),
         "update": Update(num_epochs=2, minibatch_size=64, micro_batch_size=3, max_grad_norm=0.01),
     }
+    if "follow" in cell.options:
+        settings["reference_update_steps"] = 1
     make = {
         "SFT": SFT,
         "RewardModel": RewardModel,
@@ -150,7 +152,8 @@ def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None 
     trainer.fit(module, loader, loader, ckpt_path=ckpt)
     kept = {p.dtype for p in module.parameters() if p.requires_grad}
     assert kept == {torch.float32}, kept
-    return {"losses": losses.found, "norms": losses.norms, "steps": trainer.global_step}
+    tokens = int(module.num_tokens.compute())
+    return {"losses": losses.found, "norms": losses.norms, "steps": trainer.global_step, "tokens": tokens}
 
 
 class Uneven(Callback):

@@ -3,6 +3,7 @@
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,16 @@ from torch import nn
 from lightning_rlhf.algorithms.footprint.settings import RewardRole, Training
 from lightning_rlhf.models import LanguageModel, Policy, ScoreHead, Scorer
 from lightning_rlhf.models.adapters import add_adapter, copy_adapter, member_adapter
+from lightning_rlhf.models.checkpointing import HostMemory
 from lightning_rlhf.models.critic import VALUE_ADAPTER, Critic
 from lightning_rlhf.models.language_model import disable_dropout, freeze_vocabulary_head, is_adapter
-from lightning_rlhf.models.loading import POLICY_ADAPTER, adapter_config, trainable_settings
+from lightning_rlhf.models.loading import (
+    POLICY_ADAPTER,
+    adapter_config,
+    is_quantized,
+    trainable_settings,
+    unquantized_experts,
+)
 from lightning_rlhf.models.memory import MemoryLedger, moments_bytes
 from lightning_rlhf.models.reference import REFERENCE_ADAPTER
 from lightning_rlhf.models.skeleton import skeleton
@@ -92,23 +100,27 @@ def build(training: Training) -> Roles:
             disable_dropout(module)
         if training.precision in IN_TRUE_HALF:
             module.to(IN_TRUE_HALF[training.precision])
-        ledger.hold(module, lambda path, name=name: _category(name, path))  # type: ignore[misc]
+        fused = unquantized_experts(module) if is_quantized(module) else {}
+        ledger.hold(module, lambda path, name=name, fused=fused: _category(name, path, path in fused))  # type: ignore[misc]
         roles.trainable += [p.numel() for p in module.parameters() if p.requires_grad]
         ledger.watch_gradients(module)
+        for part in module.modules():
+            if isinstance(part, LanguageModel) and part.offload is HostMemory:
+                part.offload = partial(HostMemory, ledger.to_host)
     moments, roles.paged = moments_bytes(training.optimizer, roles.trainable)
     ledger.book(OPTIMIZER, moments)
     return roles
 
 
-def _category(module: str, path: str) -> str:
-    """What a parameter's bytes are booked under.
+def _category(module: str, path: str, is_fused: bool = False) -> str:
+    """What a parameter's bytes are booked under; experts that are not quantised have a row of their own.
 
     Example:
         >>> _category("policy", "model.q_proj.lora_A.value.weight"), _category("critic", "head.weight")
         ('critic adapter', 'critic')
     """
     if not is_adapter(path):
-        return module
+        return f"{module}, experts not quantised" if is_fused else module
     adapter = path.rpartition(".lora_")[2].split(".")[1]
     return f"{ADAPTERS.get(adapter, adapter)} adapter"
 
@@ -151,6 +163,6 @@ def _scorer(policy: LanguageModel, role: RewardRole, index: int) -> Scorer:
         add_adapter(policy.model, name, config, trainable=False)
         head = ScoreHead(policy.config.get_text_config().hidden_size)
         return Scorer(policy, head, name, owns=False).requires_grad_(False).eval()
-    model = skeleton(replace(role.policy, gradient_checkpointing=False))
+    model = skeleton(replace(role.policy, gradient_checkpointing=False, offload_activations=False))
     head = ScoreHead(model.config.get_text_config().hidden_size)
     return Scorer(model, head).requires_grad_(False).eval()

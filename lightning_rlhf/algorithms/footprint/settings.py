@@ -7,7 +7,7 @@ from typing import Literal
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import Policy
 from lightning_rlhf.models.critic import CriticKind
-from lightning_rlhf.models.memory import Peak
+from lightning_rlhf.models.memory import HOST, Peak
 
 AlgorithmName = Literal["SFT", "DPO", "KTO", "RewardModel", "PPO", "OnlineDPO"]
 
@@ -139,6 +139,11 @@ class Forecast:
     def worst(self) -> Phase:
         """The phase with the highest peak."""
         return max(self.phases, key=lambda phase: phase.peak.total)
+
+    @property
+    def offloaded(self) -> int:
+        """The most bytes of activations in the host's memory."""
+        return max(phase.peak.most.get(HOST, 0) for phase in self.phases)
 
     @property
     def total(self) -> int:
