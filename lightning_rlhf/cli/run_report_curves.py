@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element
 
 from lightning_rlhf.cli.markup import element
 from lightning_rlhf.cli.run_logs import Curve
-from lightning_rlhf.cli.run_report_texts import DETECTORS, GROUPS, MEANINGS, Meaning
+from lightning_rlhf.cli.run_report_texts import DETECTORS, GROUPS, MEANINGS, UNIT, Meaning
 from lightning_rlhf.cli.svg import MAX_POINTS, Chart, Line, draw
 
 STAGES = ("train", "val", "test")
@@ -75,6 +75,8 @@ def meaning(name: str) -> Meaning:
             }
             unit = {"_ratio": "ratio"}.get(kind, one.unit)
             return Meaning(one.title + words[kind], unit, one.sentence)
+    if name.startswith("rewards/"):
+        return Meaning(f"Reward: {name.removeprefix('rewards/')}", UNIT, "A part of the reward.")
     if name.startswith("lr-"):
         return Meaning("Learning rate", "per step", f"As the optimizer used it ({name}).")
     return Meaning(name, "as logged", "A name of the run's own; the report knows nothing about it.")
@@ -163,7 +165,7 @@ def picture(panel: Panel, group: str, unit: str) -> Element:
         "figure",
         element("p", group, class_="group"),
         element("h5", words.title, " ", element("small", f"({words.unit})")),
-        legend if len(lines) > 1 else None,
+        legend if len(lines) > 1 or lines[0].style == "b" else None,
         draw(Chart(lines=lines, x_label=unit, title=f"{words.title} over {unit}")),
         element("figcaption", words.sentence + banded + thinned + " ", element("code", panel.name)),
     )

@@ -60,9 +60,14 @@ def _caption(fit: OveroptimizationFit | None) -> str:
         "Each point is one evaluation of held-out prompts, bands are 95% intervals. Where gold falls while the proxy "
         "rises, training goes too far."
     )
-    if fit is not None and fit.peak_kl <= fit.max_kl:
+    if fit is not None and peak_is_known(fit):
         words += " The star is the fitted peak, the shaded range its 95% interval."
     return words
+
+
+def peak_is_known(fit: OveroptimizationFit) -> bool:
+    """Whether the peak is within what was measured, and its interval says more than that there may be one."""
+    return fit.peak_kl <= fit.max_kl and math.isfinite(fit.peak_interval[1])
 
 
 def goodhart_chart(curve: GoodhartCurve, fit: OveroptimizationFit | None, alarms: Sequence[int]) -> Chart:
@@ -91,7 +96,7 @@ def goodhart_chart(curve: GoodhartCurve, fit: OveroptimizationFit | None, alarms
         grid = torch.linspace(0.0, math.sqrt(fit.max_kl), 100, dtype=torch.float64)
         fitted = fit.predict(grid.square()).tolist()
         lines.append(Line(label="fit", style="fit", x=grid.tolist(), y=fitted))
-        if fit.peak_kl <= fit.max_kl:
+        if peak_is_known(fit):
             star = (fit.peak, fit.predict(torch.tensor(fit.peak_kl)).item())
             spans = [tuple(min(end, math.sqrt(fit.max_kl)) for end in fit.peak_interval)]
     distance = dict(zip(curve.steps.tolist(), curve.kl.clamp(min=0.0).sqrt().tolist(), strict=True))
@@ -147,7 +152,7 @@ def detectors_section(history: Sequence[Mapping[str, Any]]) -> list[Element]:
         "tr",
         *(
             element("th", name)
-            for name in ("detector", "control", "now", "change (interval)", "verdict", "what it looks for")
+            for name in ("detector", "verdict", "change (interval)", "now", "control", "what it looks for")
         ),
     )
     table = element("table", element("thead", head), element("tbody", rows))
@@ -177,10 +182,10 @@ def detector_row(detector: Detector, values: Mapping[str, Any]) -> Element | Non
     return element(
         "tr",
         element("th", detector.title, scope="row"),
-        element("td", "" if control is None else shown(control, detector.unit), class_="number"),
-        element("td", shown(now, detector.unit), class_="number"),
-        element("td", change),
         element("td", judged, class_=style),
+        element("td", change),
+        element("td", shown(now, detector.unit), class_="number"),
+        element("td", "" if control is None else shown(control, detector.unit), class_="number"),
         element("td", f"{detector.sentence} Control: {detector.control}.", class_="text"),
     )
 

@@ -30,6 +30,7 @@ th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px so
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 td.number, th.number { text-align: right; }
 td.text { white-space: normal; min-width: 15rem; color: var(--soft); }
+tbody th { position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 8rem; }
 .changed { color: var(--b); font-weight: 600; }
 .alarmed .value { color: var(--bad); }
 .cards { display: grid; gap: .75rem; margin: 1rem 0; padding: 0;

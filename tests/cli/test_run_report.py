@@ -384,9 +384,10 @@ def test_detectors_say_what_changed():
     values |= {"hacking/length_ratio_lower": 1.2, "hacking/length_ratio_upper": 1.8}
     page = Page("".join(page_text(part) for part in detectors_section([values])))
     rows = " ".join(page.texts)
-    assert "×1.50 (×1.20 to ×1.80) more" in rows
-    assert "+50.0 (−10.0 to +70.0) points no clear change" in rows
+    assert "more ×1.50 (×1.20 to ×1.80)" in rows
+    assert "no clear change +50.0 (−10.0 to +70.0) points" in rows
     assert meaning("hacking/bullets_change").title == "Bullets, change"
+    assert meaning("rewards/rule").title == "Reward: rule"
 
 
 def test_a_line_with_gaps_is_broken_there():
