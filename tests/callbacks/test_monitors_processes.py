@@ -44,6 +44,7 @@ def kept(folder, name, rank=0):
 
 def test_two_processes_log_what_one_does(folders):
     one, two = (read_curves([folder / "whole/version_0"])[0] for folder in folders)
+    one, two = ({n: c for n, c in run.items() if n != "goodhart/time_share"} for run in (one, two))
     names = {name for name in one if name.startswith(("goodhart/", "hacking/"))}
     assert {name for name in two if name.startswith(("goodhart/", "hacking/"))} == names
     assert {
