@@ -14,7 +14,7 @@ from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models import LanguageModel, Reference
 from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.reference import ReferenceKind, reference_kind
-from lightning_rlhf.models.sharding import gathered, is_sharded
+from lightning_rlhf.models.sharding import gathered
 
 
 class ReferenceCache:
@@ -99,11 +99,9 @@ class ReferenceCache:
     def _compute(self, reference: Reference, trainer: Any, split: str) -> Tensor:  # noqa: ANN401
         data = trainer.datamodule
         device = trainer.strategy.root_device
-        # Ranks that share the weights compute every batch together; others a part of them each.
-        together = any(is_sharded(model) for model in reference.language_models)
         table: Tensor | None = None
         for index, batch in enumerate(data.evaluation_loader(split)):
-            if not together and index % trainer.world_size != trainer.global_rank:
+            if index % trainer.world_size != trainer.global_rank:
                 continue
             logps = summed(reference.logprobs(batch.to(device)), batch, self.ld_alpha).view(
                 batch.num_groups, -1
@@ -111,8 +109,6 @@ class ReferenceCache:
             if table is None:
                 table = torch.zeros(len(data.datasets[split]), logps.shape[1], device=device)
             table[list(batch.row_ids)] = logps.float()
-        if together and table is not None:
-            return table.cpu()
         return trainer.strategy.reduce(table, reduce_op="sum").cpu()
 
 

@@ -112,7 +112,8 @@ class LanguageModel(nn.Module):
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
-        hidden = self.hidden_states(batch, learned=learned)
+        # Not by the public method: a sharding hook on each would free the weights after the inner one.
+        hidden = self._hidden_states(batch, "predictors", learned)
         score = partial(
             self.of_hidden,
             temperature=temperature,
@@ -174,6 +175,11 @@ class LanguageModel(nn.Module):
 
         With ``learned``, see :meth:`forward`, those of further completions are of a second forward without gradient.
         """
+        return self._hidden_states(batch, at, learned)
+
+    def _hidden_states(
+        self, batch: PackedBatch, at: Literal["predictors", "ends"], learned: int | None
+    ) -> Tensor:
         self._check_fits(batch)
         if (
             not torch.is_grad_enabled()
