@@ -121,11 +121,16 @@ def found_in(
     if asked:
         first, repeat = (right(rows["plain"], asked, place) for place in (0, 1))
         flips.update(first, repeat, right(rows["opinion"], asked, 0))
+    others = (shares, diversity, refusals, disagreement, certainty, flips, nonsense)
+    for metric in (length, *others):
+        metric.distributed_available_fn = lambda: (
+            False
+        )  # every rank has all rows: together they would count each several times
     found = {
         name if name.startswith("length") else f"length_{name}": value
         for name, value in length.compute().items()
     }
-    for metric in (shares, diversity, refusals, disagreement, certainty, flips, nonsense):
+    for metric in others:
         found |= metric.compute()
     return {name: value.item() for name, value in found.items()}
 

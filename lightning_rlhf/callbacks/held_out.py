@@ -53,7 +53,7 @@ def held_out_prompts(trainer: L.Trainer, tokenizer: PreTrainedTokenizerBase, cou
     Args:
         trainer: Within ``fit``, with validation data.
         tokenizer: Of the policy; writes the text of prompts that the data has as token ids only.
-        count: Prompts on all ranks together, at most.
+        count: Prompts on all ranks together, at most; at least one on each.
 
     Raises:
         ValueError: If there is no validation data.
@@ -69,7 +69,7 @@ def held_out_prompts(trainer: L.Trainer, tokenizer: PreTrainedTokenizerBase, cou
             "held-out prompts are those of the validation data, and there is none: give the datamodule val data (or "
             "val_fraction), or fit a val_dataloaders"
         )
-    share = -(-count // trainer.world_size)
+    share = max(1, len(range(trainer.global_rank, count, trainer.world_size)))
     found = PromptBatch((), (), ())
     for batch in loader:
         found = _joined(found, as_prompts(batch, tokenizer), share)

@@ -33,7 +33,7 @@ def train(model_dir: str, world: int, folder: Path, name: str, epochs: int, ckpt
     L.seed_everything(0, verbose=False)
     module = DPO(
         Policy(model_dir, lora=LoRA(r=2, init="gaussian")),
-        optimization=Optimization(name="sgd", lr=1.0, schedule="constant"),
+        optimization=Optimization(name="sgd", lr=0.2, schedule="constant"),
     )
     small = {"every_n_steps": 1, "num_prompts": PROMPTS, "max_new_tokens": 5, "batch_size": 4}
     goodhart = GoodhartMonitor(gold=FunctionReward(vowels), proxy=FunctionReward(long), **small)
