@@ -107,7 +107,8 @@ class LanguageModel(nn.Module):
             with_entropy: Also return the entropy at every target.
             with_collision: Also return the logarithm of the collision probability at every target.
             learned: How many completions of a prompt are learnt from, its first ones; the values of the others have no
-                gradient, so that nothing of them is kept for a backward. None for all.
+                gradient, so that nothing of them is kept for a backward, and no entropy or collision probability (nan).
+                None for all.
 
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
@@ -126,11 +127,12 @@ class LanguageModel(nn.Module):
         here, others = _by_flag([flag for flag, count in first for _ in range(count)], hidden.device)
         with_gradient = score(hidden[here], batch.targets[here])
         with torch.no_grad():
-            without = score(hidden[others], batch.targets[others])
+            without = self.of_hidden(hidden[others], batch.targets[others], temperature=temperature)
         order = torch.cat([here, others]).argsort()
-        both = zip(with_gradient, without, strict=True)
+        nothing = without.logprobs.new_full((len(others),), torch.nan)
         return TokenLogprobs._make(
-            None if a is None or b is None else torch.cat([a, b])[order] for a, b in both
+            None if a is None else torch.cat([a, nothing if b is None else b])[order]
+            for a, b in zip(with_gradient, without, strict=True)
         )
 
     def of_hidden(
