@@ -104,12 +104,13 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save them when a training begins."""
         if stage == "fit" and trainer.loggers:
+            self.folder = trainer.log_dir  # asked on every rank: the first one tells the others
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save date and versions."""
-        assert trainer.log_dir is not None
-        write_facts(Path(trainer.log_dir))
+        assert self.folder is not None
+        write_facts(Path(self.folder))
 
 
 class RLHFCLI(LightningCLI):
