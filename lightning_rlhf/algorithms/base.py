@@ -290,9 +290,8 @@ class Algorithm(L.LightningModule):
             RuntimeError: If an adapter, head or trained weight is missing, unknown or of another shape.
         """
         expected, found = shapes(self.state_dict()), shapes(state_dict)
-        if strict:
-            require_fit(expected, found, type(self).__name__)
-        require_shapes(expected, found, type(self).__name__)
+        require = require_fit if strict else require_shapes
+        require(expected, found, type(self).__name__)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     @property

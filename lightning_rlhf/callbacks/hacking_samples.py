@@ -123,9 +123,8 @@ def found_in(
         flips.update(first, repeat, right(rows["opinion"], asked, 0))
     others = (shares, diversity, refusals, disagreement, certainty, flips, nonsense)
     for metric in (length, *others):
-        metric.distributed_available_fn = lambda: (
-            False
-        )  # every rank has all rows: together they would count each several times
+        # Every rank has all rows: together they would count each several times.
+        metric.distributed_available_fn = lambda: False
     found = {
         name if name.startswith("length") else f"length_{name}": value
         for name, value in length.compute().items()

@@ -113,6 +113,10 @@ class LanguageModel(nn.Module):
         Returns:
             One value per target, completion by completion: sum them by ``batch.target_lengths``.
         """
+        if not torch.is_grad_enabled() or (
+            learned is not None and learned >= max(map(len, batch.completion_lengths))
+        ):
+            learned = None
         # Not by the public method: a sharding hook on each would free the weights after the inner one.
         hidden = self._hidden_states(batch, "predictors", learned)
         score = partial(
@@ -121,7 +125,7 @@ class LanguageModel(nn.Module):
             with_entropy=with_entropy,
             with_collision=with_collision,
         )
-        if learned is None or not torch.is_grad_enabled():
+        if learned is None:
             return score(hidden, batch.targets)
         first = zip(batch.are_first(learned), batch.num_targets, strict=True)
         here, others = _by_flag([flag for flag, count in first for _ in range(count)], hidden.device)
@@ -166,29 +170,15 @@ class LanguageModel(nn.Module):
         """Positions that are projected to the vocabulary at a time."""
         return max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size)
 
-    def hidden_states(
-        self,
-        batch: PackedBatch,
-        at: Literal["predictors", "ends"] = "predictors",
-        *,
-        learned: int | None = None,
-    ) -> Tensor:
-        """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion.
-
-        With ``learned``, see :meth:`forward`, those of further completions are of a second forward without gradient.
-        """
-        return self._hidden_states(batch, at, learned)
+    def hidden_states(self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors") -> Tensor:
+        """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion."""
+        return self._hidden_states(batch, at, None)
 
     def _hidden_states(
         self, batch: PackedBatch, at: Literal["predictors", "ends"], learned: int | None
     ) -> Tensor:
+        """With ``learned``, those of further completions are of a second forward, without gradient."""
         self._check_fits(batch)
-        if (
-            not torch.is_grad_enabled()
-            or learned is None
-            or learned >= max(map(len, batch.completion_lengths))
-        ):
-            learned = None
         if self.layout_of(batch) == "padded":
             padded = batch.padded()
             return self._padded(padded, batch.are_first(learned)).index_select(0, getattr(padded, at))
@@ -226,9 +216,8 @@ class LanguageModel(nn.Module):
         with torch.no_grad():
             following = attention.SharedPrefixPlan(others.segments, batch.position_ids[there], after=plan)
             after = self._of_row(batch.input_ids[there], following)
-        plan.kept = (
-            None  # gradient checkpointing computes the first forward again, and need not keep them again
-        )
+        # Gradient checkpointing computes the first forward again, and need not keep them again.
+        plan.kept = None
         return torch.cat([hidden, after])[torch.cat([here, there]).argsort()]
 
     def _of_row(self, input_ids: Tensor, plan: attention.SharedPrefixPlan) -> Tensor:
