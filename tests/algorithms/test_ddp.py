@@ -1,27 +1,11 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_module
 
 
 def run(algorithm, model_dir, lora, devices, output):
-    """Under `timeout -k`: a hang between two processes does not end on SIGTERM."""
-    command = ["timeout", "-k", "5", "300", sys.executable, "-m", "tests.algorithms.ddp_worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, algorithm, model_dir, lora, str(devices), str(output)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.algorithms.ddp_worker", algorithm, model_dir, lora, devices, output, seconds=300)
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(devices)]
 
 

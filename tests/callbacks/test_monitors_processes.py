@@ -1,18 +1,13 @@
 """The monitors' numbers are those of one process on two, and survive a resume of two."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_rlhf.cli.run_logs import read_curves
 from tests.callbacks.monitors_worker import PROMPTS, main
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_module
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +18,7 @@ def folders(llama_dir, tmp_path_factory):
     torch.set_num_threads(1)
     main(llama_dir, 1, one)
     torch.set_num_threads(threads)
-    # Under `timeout -k`: a hang between two processes does not end on SIGTERM.
-    worker = [sys.executable, "-m", "tests.callbacks.monitors_worker", llama_dir, "2", str(two)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["timeout", "-k", "5", "300", *worker],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.callbacks.monitors_worker", llama_dir, 2, two, seconds=300)
     return one, two
 
 

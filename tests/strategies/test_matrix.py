@@ -5,11 +5,7 @@ selection, ``make test-all`` every cell.
 """
 
 import itertools
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +13,11 @@ from safetensors.torch import load_file
 
 from lightning_rlhf.models.export import export_checkpoint
 from lightning_rlhf.models.reward_export import export_reward_model
+from tests.processes import run_module
 from tests.strategies.worker import Cell, run
 
 # A launch is the setup of the first test that asks for it.
 pytestmark = pytest.mark.timeout(1200)
-ROOT = Path(__file__).parents[2]
 ALGORITHMS = ("SFT", "RewardModel", "DPO", "KTO", "PPO", "OnlineDPO")
 WEIGHTS = ("lora", "nf4", "full")
 STRATEGIES = ("ddp", "fsdp2")
@@ -63,20 +59,10 @@ def place(tmp_path_factory):
 
 
 def launch(names, model_dir, folder):
-    """By torchrun, as on several machines; under `timeout -k`: a hang does not end on SIGTERM."""
+    """By torchrun, as on several machines."""
     folder.mkdir(exist_ok=True)
-    command = ["timeout", "-k", "5", "1100", sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    worker = ["--nproc_per_node", "2", "-m", "tests.strategies.worker", "2", model_dir, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *worker, *names],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_module(*torchrun, "-m", "tests.strategies.worker", 2, model_dir, folder, *names, seconds=1100)
     cells = [name.partition("=")[0] for name in names]
     return {
         name: [torch.load(folder / f"{name}.{rank}", weights_only=True) for rank in range(2)]
