@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 
 import lightning as L
 import torch
@@ -27,15 +26,14 @@ class Losses(Callback):
 
 
 def main(
-    algorithm: str, model_dir: str, data: str, output: str, workers: str, kill_at: str, ckpt: str = ""
+    algorithm: str, model_dir: str, data: str, output: str, workers: int, kill_at: int, ckpt: str = ""
 ) -> None:
-    torch.set_num_threads(1)
     L.seed_everything(3)
     policy = Policy(model_dir, lora=LoRA(r=2, dropout=0.3, init="gaussian"))
     settings = Optimization(lr=1e-2)
     module = (SFT if algorithm == "SFT" else DPO)(policy, optimization=settings)
     datamodule = (SFTDataModule if algorithm == "SFT" else PreferenceDataModule)(
-        data, batch_size=4, num_workers=int(workers)
+        data, batch_size=4, num_workers=workers
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -45,13 +43,9 @@ def main(
         enable_model_summary=False,
         callbacks=[
             ExactResume(),
-            Losses(f"{output}.losses", int(kill_at)),
+            Losses(f"{output}.losses", kill_at),
             ModelCheckpoint(dirpath=f"{output}.checkpoints", every_n_train_steps=4, save_top_k=-1),
         ],
     )
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt or None)
     torch.save({n: p for n, p in module.state_dict().items() if "lora" in n}, f"{output}.weights")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,10 +1,8 @@
-"""Two processes that share each metric's rows unevenly: ``ddp_worker.py FOLDER``. Run by test_ddp.py."""
+"""Two processes that share each metric's rows unevenly. Used by test_ddp."""
 
 import json
-import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from lightning_rlhf.metrics import GoodhartGap
@@ -25,9 +23,9 @@ def goodhart(rank: int, shares: tuple[slice, slice]) -> list[dict[str, float]]:
     return found
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     results = {}
     for name in NAMES:
         metric = make(name)
@@ -45,9 +43,5 @@ def work(rank: int, folder: str) -> None:
     results["GoodhartGap"], results["GoodhartGap on one rank"] = goodhart(
         rank, (slice(0, 30), slice(30, None))
     )
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, args=(sys.argv[1],), nprocs=2)

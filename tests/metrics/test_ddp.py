@@ -1,22 +1,15 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from lightning_rlhf.metrics import GoodhartGap
 from tests.metrics.conftest import NAMES, batch, goodhart_rows, make, numbers
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.metrics.ddp_worker import work
+from tests.processes import fork
 
 
 def test_two_processes_equal_one(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["timeout", "-k", "5", "120", sys.executable, "-m", "tests.metrics.ddp_worker", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    fork(work, tmp_path, world=2)
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert str(one) == str(two)
     for name in NAMES:

@@ -1,8 +1,6 @@
-"""Two processes that share the samples of each batch unevenly: ``ddp_worker.py FOLDER``. Run by test_combined.py."""
+"""Two processes that share the samples of each batch unevenly. Used by test_combined."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,9 +20,9 @@ def batches():
     return [(torch.randn(8, generator=generator) * 4 + 7, samples_of(8)) for _ in range(3)]
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     mine = range(FIRST) if rank == 0 else range(FIRST, 8)
     ours = shapers()
     values = [
@@ -32,10 +30,5 @@ def work(rank, folder):
         for batch, samples in batches()
     ]
     state = [shaper.get_extra_state() for shaper in ours]
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps({"values": values, "state": state}))
+    (folder / f"rank{rank}.json").write_text(json.dumps({"values": values, "state": state}))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    # A fork, since importing Transformers three times takes longer than everything else.
-    torch.multiprocessing.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")

@@ -1,11 +1,7 @@
 """Sums and shaping: values by hand, parts by name, statistics that survive a checkpoint and are those of all ranks."""
 
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +19,9 @@ from lightning_rlhf.rewards import (
     WeightedReward,
     score,
 )
+from tests.processes import fork
 from tests.rewards.conftest import Fixed, samples_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.rewards.ddp_worker import batches, shapers, work
 
 
 def shape(shaper, values):
@@ -174,13 +170,8 @@ def test_a_residual_that_cannot_be_fitted_says_so():
 
 
 def test_two_ranks_equal_one(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["timeout", "-k", "5", "120", sys.executable, "-m", "tests.rewards.ddp_worker", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    fork(work, tmp_path, world=2)
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    from tests.rewards.ddp_worker import batches, shapers
-
     together = shapers()
     whole = [[shaper(*batch).tolist() for shaper in together] for batch in batches()]
     for ours, left, right in zip(whole, one["values"], two["values"], strict=True):
