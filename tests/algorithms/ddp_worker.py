@@ -1,7 +1,6 @@
 """One process of a DDP run on the CPU: writes its weights and gradients. Run by test_ddp.py."""
 
 import os
-import sys
 from functools import partial
 
 import lightning as L
@@ -18,8 +17,7 @@ from tests.algorithms.test_online_dpo import Ids, prompts
 from tests.models.families import tiny
 
 
-def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -> None:
-    torch.set_num_threads(1)
+def main(algorithm: str, model_dir: str, lora: str, world: int, output: str) -> None:
     torch.manual_seed(0)
     policy = Policy(model_dir, lora=LoRA(r=2, init="gaussian") if lora == "lora" else None)
     settings = Optimization(name="sgd", lr=1e-2, schedule="constant")
@@ -42,7 +40,6 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
         point = module.reference_point
         module.reference_point = lambda *logps: points.append(point(*logps)) or points[-1]
     seen = Gradients()
-    world = int(devices)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world,
@@ -69,7 +66,3 @@ def main(algorithm: str, model_dir: str, lora: str, devices: str, output: str) -
 def other_model(path: str) -> str:
     away_from(tiny("LlamaConfig"), scale=0.05).save_pretrained(path)
     return path
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from tests.processes import run_module
+from tests.algorithms.ddp_worker import main
+from tests.processes import fork
 
 
-def run(algorithm, model_dir, lora, devices, output):
-    run_module("tests.algorithms.ddp_worker", algorithm, model_dir, lora, devices, output, seconds=300)
-    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(devices)]
+def run(algorithm, model_dir, lora, world, output):
+    fork(main, algorithm, model_dir, lora, world, str(output), world=world)
+    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(world)]
 
 
 @pytest.mark.parametrize(
@@ -14,10 +15,10 @@ def run(algorithm, model_dir, lora, devices, output):
     [
         ("SFT", "full"),
         ("DPO", "lora"),
-        pytest.param("BCO", "full", marks=pytest.mark.slow),
+        ("BCO", "full"),
         ("KTO", "lora"),
         ("RewardModel", "lora"),
-        pytest.param("OnlineDPO", "lora", marks=pytest.mark.slow),
+        ("OnlineDPO", "lora"),
     ],
 )
 def test_two_processes_equal_one(algorithm, lora, llama_dir, tmp_path):
