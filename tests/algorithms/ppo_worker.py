@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -83,11 +82,3 @@ def parallel(model_dir: str, world: int, output: str) -> None:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "time" not in name}
     found = {"gradients": seen.steps, "weights": weights, "metrics": metrics, "coef": module.kl.coef}
     torch.save(found, f"{output}.{trainer.global_rank}")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "parallel":
-        parallel(sys.argv[2], int(sys.argv[3]), sys.argv[4])
-    else:
-        train(*sys.argv[2:4], Path(sys.argv[4]), kill_at=int(sys.argv[5]))

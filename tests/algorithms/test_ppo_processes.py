@@ -1,34 +1,15 @@
 """PPO that is killed and resumed, and PPO in two processes."""
 
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 from tests.algorithms.ppo_worker import PER_ROLLOUT, ROLLOUTS, parallel, train
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments):
-    """Under `timeout -k`: a hang between two processes does not end on SIGTERM."""
-    command = [
-        "timeout",
-        "-k",
-        "5",
-        "120",
-        sys.executable,
-        "-m",
-        "tests.algorithms.ppo_worker",
-        *map(str, arguments),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+from tests.processes import fork
 
 
 @pytest.fixture
@@ -50,9 +31,9 @@ def test_killed_inside_a_rollout_and_resumed_equals_uninterrupted(llama_dir, tmp
     module, expected = train(llama_dir, str(data), tmp_path / "whole")
     assert [step for step, *_ in expected] == [PER_ROLLOUT * (i + 1) for i in range(ROLLOUTS)]
     assert len({coef for _, _, coef, _ in expected}) == ROLLOUTS  # it moves every time
-    killed = run("killed", llama_dir, data, tmp_path / "killed", 6)
-    assert killed.returncode != 0
-    assert [path.name for path in (tmp_path / "killed").glob("*")] == ["step=4.ckpt"], killed.stderr[-3000:]
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        fork(partial(train, kill_at=6), llama_dir, str(data), tmp_path / "killed")
+    assert [path.name for path in (tmp_path / "killed").glob("*")] == ["step=4.ckpt"]
     again, resumed = train(
         llama_dir, str(data), tmp_path / "resumed", ckpt=tmp_path / "killed" / "step=4.ckpt"
     )
@@ -65,8 +46,7 @@ def test_killed_inside_a_rollout_and_resumed_equals_uninterrupted(llama_dir, tmp
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_equal_one_with_twice_the_batch(llama_dir, tmp_path):
     parallel(llama_dir, 1, str(tmp_path / "one"))
-    done = run("parallel", llama_dir, 2, tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    fork(parallel, llama_dir, 2, str(tmp_path / "two"), world=2)
     one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.0", "two.0", "two.1"))
     assert len(one["gradients"]) == 6
     for rank in two:
