@@ -1,11 +1,9 @@
 """DPO watched by both monitors, in one process or as one process of two. Used by test_monitors_processes."""
 
 import json
-import sys
 from pathlib import Path
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
@@ -67,8 +65,3 @@ def main(model_dir: str, world: int, folder: Path) -> None:
     """The whole run, and one that goes on from its first epoch."""
     train(model_dir, world, folder, "whole", 2)
     train(model_dir, world, folder, "resumed", 2, folder / "whole_checkpoints" / "epoch=0.ckpt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

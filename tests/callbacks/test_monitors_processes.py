@@ -7,7 +7,7 @@ import torch
 
 from lightning_rlhf.cli.run_logs import read_curves
 from tests.callbacks.monitors_worker import PROMPTS, main
-from tests.processes import run_module
+from tests.processes import fork
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def folders(llama_dir, tmp_path_factory):
     torch.set_num_threads(1)
     main(llama_dir, 1, one)
     torch.set_num_threads(threads)
-    run_module("tests.callbacks.monitors_worker", llama_dir, 2, two, seconds=300)
+    fork(main, llama_dir, 2, two, world=2)
     return one, two
 
 
