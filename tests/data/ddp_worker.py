@@ -1,4 +1,4 @@
-"""Trains on two processes and writes down which rows each of them saw: ``ddp_worker.py FOLDER DATAMODULE``."""
+"""Trains on two processes and writes down which rows each of them saw. Run by test_ddp."""
 
 import json
 import sys
@@ -34,20 +34,21 @@ class Recorder(L.LightningModule):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    module = Recorder()
     rows = str(folder / "rows.jsonl")
-    datamodule = getattr(data, sys.argv[2])(rows, rows, predict=rows, max_tokens=40, batch_size=4)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        max_epochs=1,
-        logger=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, datamodule=datamodule)
-    trainer.predict(module, datamodule=datamodule, return_predictions=False)
-    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(module.seen))
+    for name in sys.argv[2:]:
+        module = Recorder()
+        datamodule = getattr(data, name)(rows, rows, predict=rows, max_tokens=40, batch_size=4)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy="ddp",
+            max_epochs=1,
+            logger=False,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=datamodule)
+        trainer.predict(module, datamodule=datamodule, return_predictions=False)
+        (folder / f"{name}.{trainer.global_rank}.json").write_text(json.dumps(module.seen))
