@@ -1,9 +1,11 @@
 # Needs make and Python 3.10 or newer; everything else is installed into $(VENV) at the tested versions.
 #   make PYTHON=/path/to/python3.12 test     another interpreter for a new environment
 #   make ARGS="--overwrite" quickstart       arguments for the program
+#   make WORKERS=8 test                      on more cores
 
 VENV    ?= .venv
 THREADS ?= 2
+WORKERS ?= 2
 ARGS    ?=
 # The first interpreter that really runs and is new enough; looked for only when an environment is made.
 PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3,$(if $(shell \
@@ -12,6 +14,8 @@ PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 p
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 THREADED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
+# Files of tests go to so many processes of one thread each; a file stays in one, where its fixtures are shared.
+PYTEST  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 BASE    := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
@@ -27,11 +31,11 @@ quickstart: $(BASE)    ## train, align and measure a tiny model (at most 10 minu
 
 test: check docs    ## what CI runs: check, the docs with warnings as errors, all tests but the slow ones
 	@echo "==> pytest"
-	@$(THREADED) $(PY) -m pytest --durations=15 -m "not slow" $(ARGS)
+	@$(PYTEST) --durations=15 -m "not slow" $(ARGS)
 
 test-all: check docs    ## the same with the slow tests: whole epochs on the real data
 	@echo "==> pytest"
-	@$(THREADED) $(PY) -m pytest --durations=15 $(ARGS)
+	@$(PYTEST) --durations=15 $(ARGS)
 
 test-gpu: $(DEV)    ## only the tests that need a CUDA device
 	@$(THREADED) $(PY) -m pytest -m gpu $(ARGS)

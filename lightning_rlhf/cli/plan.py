@@ -120,9 +120,7 @@ def write_world(folder: Path, plan: Plan, seed: int) -> None:
     world = World(seed)
     annotator = Annotator(world)
     for name, of in plan.rankings.items():
-        rows = world.rankings(
-            of.num_prompts, annotator, of.num_completions, seed=of.draw, writer=of.writer
-        )
+        rows = world.rankings(of.num_prompts, annotator, of.num_completions, seed=of.draw, writer=of.writer)
         write_rows(rows, folder / name)
     judged = world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW)
     write_rows(judged, folder / REWARD_TEST)

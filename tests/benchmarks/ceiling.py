@@ -31,9 +31,7 @@ WITH_TOKEN_HEAD = RM.but(
         "model.init_args.token_head": {"coef": 1.0, "agreement_coef": 0.1},
     }
 )
-FIRST = replace(
-    WITH_TOKEN_HEAD.but({TRAIN: f"{SANDBOX}/{FIRST_TRAIN}"}), title="First", checkpoint_steps=250
-)
+FIRST = replace(WITH_TOKEN_HEAD.but({TRAIN: f"{SANDBOX}/{FIRST_TRAIN}"}), title="First", checkpoint_steps=250)
 PLAN = Plan(
     stages=(
         SFT.but({"trainer.max_epochs": 1, "data.init_args.batch_size": 32}),
