@@ -10,6 +10,7 @@ from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.algorithms.ppo import PPO
 from lightning_rlhf.algorithms.reward_model import RewardModel
 from lightning_rlhf.algorithms.sft import SFT
+from lightning_rlhf.algorithms.token_heads import TokenHead
 from lightning_rlhf.algorithms.update import Update
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "Optimization",
     "Reinforce",
     "RewardModel",
+    "TokenHead",
     "Update",
 ]

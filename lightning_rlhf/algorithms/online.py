@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.algorithms.referenced import Referenced
-from lightning_rlhf.algorithms.rollout import Rollout, prompt_seeds, sample_rollout
+from lightning_rlhf.algorithms.rollout import Rollout, Scored, prompt_seeds, sample_rollout
 from lightning_rlhf.algorithms.strategies import require_sampling
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
@@ -95,6 +95,7 @@ class Online(Referenced):
         self.seed = seed
         self.num_rollouts = 0
         self.last_validation: list[dict[str, Any]] = []
+        self.last_rollout: Scored | None = None
         self._began = self._generated = 0.0
 
     @property
@@ -181,6 +182,8 @@ class Online(Referenced):
         k1 = RF.kl_k1(known["logprobs"], known["ref_logprobs"])
         k3 = RF.kl_k3(known["logprobs"], known["ref_logprobs"])
         kl, k1, k3 = (RF.sum_by_sequence(values, lengths) for values in (known["kl"], k1, k3))
+        if stage == "train":
+            self.last_rollout = Scored(rollout, scores, kl)
         self.record_values(
             stage,
             {

@@ -15,6 +15,7 @@ from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.base import Algorithm, metric_key, plain
 from lightning_rlhf.algorithms.odin import ODIN, LengthHeads
 from lightning_rlhf.algorithms.optimization import Optimization
+from lightning_rlhf.algorithms.token_heads import TokenHead, TokenHeads
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import CalibrationError, LengthCorrelation, LongerWins, MeanAndStd
 from lightning_rlhf.models import Policy, load_language_model
@@ -62,6 +63,8 @@ class RewardModel(Algorithm):
         shared_head_init: All heads start the same, which averaging the members' weights asks for (WARM, Ramé et
             al., 2024).
         aggregation: How the members' scores become one.
+        token_head: Train a head beside each member's own that rewards single tokens, and draw the score to their sum;
+            it is not kept. Where single words decide, the score learns more from the same data.
         odin: Train a length head beside each member's own, which takes what is only length and is not part of the
             scores: the ranking loss is of both heads' sum, everything that is logged, kept and exported of the
             member's own. Its correlations are over the completions of a micro-batch, so accumulation is not exact.
@@ -89,6 +92,7 @@ class RewardModel(Algorithm):
         shared_head_init: bool = False,
         aggregation: Aggregation | None = None,
         odin: ODIN | None = None,
+        token_head: TokenHead | None = None,
     ) -> None:
         super().__init__(policy, tokenizer, optimization)
         _check_settings(center_rewards_coef, num_members, member_share)
@@ -100,6 +104,10 @@ class RewardModel(Algorithm):
         self.aggregation = from_plain(Aggregation, aggregation) or Aggregation()
         self.odin = from_plain(ODIN, odin)
         self.length_heads: LengthHeads | None = None
+        self.token_head = from_plain(TokenHead, token_head)
+        self.token_heads: TokenHeads | None = None
+        if self.odin is not None and self.token_head is not None:
+            raise ValueError("odin and token_head both train a second head: give one of them")
         self.reference_scores = nn.ModuleList(MeanAndStd() for _ in range(num_members))
         self.evaluation = nn.ModuleDict(
             {
@@ -119,6 +127,7 @@ class RewardModel(Algorithm):
                 "shared_head_init": shared_head_init,
                 "aggregation": plain(self.aggregation),
                 "odin": plain(self.odin),
+                "token_head": plain(self.token_head),
             }
         )
         if self.policy_settings is None:
@@ -128,13 +137,14 @@ class RewardModel(Algorithm):
         """Load the policy and its heads, and shard them where the strategy does.
 
         Raises:
-            ValueError: If there are length heads to be sharded, whose losses need the weights outside of a forward.
+            ValueError: If there are second heads to be sharded, whose losses need the weights outside of a forward.
         """
         super().configure_model()
-        if self.device_mesh is not None and self.odin is not None:
-            raise ValueError(
-                "odin does not train under FSDP2 (ModelParallelStrategy): use DDP, or leave odin out"
-            )
+        for name in ("odin", "token_head"):
+            if self.device_mesh is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} does not train under FSDP2 (ModelParallelStrategy): use DDP, or leave {name} out"
+                )
 
     # --- members --------------------------------------------------------------------------------------------------
 
@@ -152,6 +162,8 @@ class RewardModel(Algorithm):
         self.ensemble = Ensemble(members, self.aggregation)
         if self.odin is not None:
             self.length_heads = LengthHeads(self.odin, heads)
+        if self.token_head is not None:
+            self.token_heads = TokenHeads(self.token_head, heads)
 
     def _member(self, index: int, head: ScoreHead) -> Scorer:
         model = self.policy
@@ -195,7 +207,14 @@ class RewardModel(Algorithm):
         margin = batch.extras.get("margin")
         if margin is not None:
             margin = margin.repeat_interleave(pairs.sizes, output_size=len(pairs.better))
-        ends = [scorer.ends(batch) for scorer in self.ensemble.members]
+        lengths = completion_lengths(batch)
+        sums = None
+        if self.token_heads is not None and stage == "train":
+            tokens = [scorer.tokens(batch) for scorer in self.ensemble.members]
+            ends = [hidden[lengths.cumsum(0) - 1] for hidden in tokens]
+            sums = self.token_heads.sums(tokens, lengths)
+        else:
+            ends = [scorer.ends(batch) for scorer in self.ensemble.members]
         raw = total = self.ensemble.of_ends(ends)
         if self.length_heads is not None:
             length_scores = self.length_heads.scores(ends)
@@ -204,9 +223,11 @@ class RewardModel(Algorithm):
         each = RF.bradley_terry_loss(better, worse, margin)
         if self.center_rewards_coef:
             each = each + self.center_rewards_coef * (better + worse).square()
+        if self.token_heads is not None and sums is not None:
+            lead_of_sums = sums[:, pairs.better] - sums[:, pairs.worse]
+            each = each + self.token_heads.losses(better - worse, lead_of_sums, margin)
         losses = torch.stack([pairs.mean(row) for row in each])
         if self.length_heads is not None:
-            lengths = completion_lengths(batch)
             penalties = self.length_heads.penalties(raw, length_scores, lengths, self.ensemble.heads)
             losses = losses + penalties[:, None]
         self._record_scores(stage, batch, losses.detach(), raw.detach(), pairs)

@@ -100,6 +100,14 @@ class Rollout:
         return [[indices[place] for place in run] for run in runs]
 
 
+class Scored(NamedTuple):
+    """A rollout of training, and what was known of its completions: the reward and the KL in nats, each ``(N,)``."""
+
+    rollout: Rollout
+    scores: Tensor
+    kl: Tensor
+
+
 def bounded_runs(
     counts: Sequence[int], tokens: Sequence[int], size: int | None, budget: int | None
 ) -> list[list[int]]:

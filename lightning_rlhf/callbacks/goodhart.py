@@ -14,7 +14,13 @@ from torch import Tensor
 
 from lightning_rlhf.algorithms import PPO
 from lightning_rlhf.algorithms.online import Online
-from lightning_rlhf.callbacks.held_out import Judges, devices_of, held_out_prompts, parts_of
+from lightning_rlhf.callbacks.held_out import (
+    Judges,
+    devices_of,
+    held_out_prompts,
+    parts_of,
+    rows_of_training,
+)
 from lightning_rlhf.callbacks.sample_table import gathered
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.functional import DeclineTest, decline_test, decline_threshold
@@ -37,6 +43,11 @@ class GoodhartMonitor(Callback):
     KL and rewards and some samples' texts as ``evaluations.json``, and ``best_gold.ckpt``, whenever gold is better than
     at the start and ever since. It is the best of many noisy means, so measure its gold on other samples.
 
+    With ``rollouts``, later evaluations are of what the module samples for training anyway, each rollout before
+    anything is learned from it: gold is asked about every sample, and nothing else is added. An evaluation then has the
+    rollouts since the one before, a prompt's samples as their mean, and no texts are kept. The start is still that of
+    the held-out prompts, so these should be of the same kind as those of training.
+
     An alarm is :func:`~lightning_rlhf.functional.decline_test`: gold falls while the proxy rises, both by more than
     chance, over all looks of a run. Afterwards the test begins anew, with the evaluation that gave the alarm. Random
     numbers of training are left as they were, and the evaluations are part of checkpoints.
@@ -57,10 +68,11 @@ class GoodhartMonitor(Callback):
         max_evaluations: What the threshold is made for; more of them make a false alarm more likely.
         seed: Of the samples.
         num_texts: Prompts, the first ones, whose samples are kept as texts: what ``lightning-rlhf report`` shows.
+        rollouts: After the start, judge the rollouts of training instead of sampling held-out prompts.
 
     Raises:
         ValueError: If an argument is out of range; at the start, if the module has no reference, there is no
-            validation data, or ``on_alarm`` does not fit the module.
+            validation data, or ``on_alarm`` or ``rollouts`` does not fit the module.
     """
 
     def __init__(
@@ -79,6 +91,7 @@ class GoodhartMonitor(Callback):
         max_evaluations: int = 100,
         seed: int = 0,
         num_texts: int = 4,
+        rollouts: bool = False,
     ) -> None:
         if every_n_steps < 1 or num_prompts < 2 or num_texts < 0:
             raise ValueError(
@@ -100,11 +113,13 @@ class GoodhartMonitor(Callback):
         self.on_alarm: OnAlarm = on_alarm
         self.kl_factor = kl_factor
         self.threshold = decline_threshold(max_evaluations, false_alarm_rate=false_alarm_rate)
-        self.seed, self.num_texts = seed, num_texts
+        self.seed, self.num_texts = seed, 0 if rollouts else num_texts
+        self.rollouts = rollouts
         self.history: list[dict[str, Any]] = []
         self.alarms: list[int] = []
         self.best: dict[str, Any] = {}
         self._since = 0
+        self._pool: list[dict[str, Any]] = []
         self._began = self._seconds = 0.0
         self._prompts = PromptBatch((), (), ())
         self._judges: Judges | None = None
@@ -116,6 +131,11 @@ class GoodhartMonitor(Callback):
         policy, _, tokenizer = parts_of(pl_module)
         if self.on_alarm == "raise_kl":
             require_raisable(pl_module)
+        if self.rollouts and not isinstance(pl_module, Online):
+            raise ValueError(
+                f"rollouts: true judges what a module samples for training, and {type(pl_module).__name__} samples "
+                "nothing: leave it out"
+            )
         proxy = self.proxy
         if proxy is None:
             if not isinstance(pl_module, Online):
@@ -138,6 +158,8 @@ class GoodhartMonitor(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Evaluate where enough steps were taken, and act on an alarm."""
+        if self.rollouts:
+            self._judge_rollout(trainer, pl_module)
         if trainer.global_step - self.history[-1]["step"] < self.every_n_steps:
             return
         values = self._evaluate(trainer, pl_module)
@@ -155,12 +177,14 @@ class GoodhartMonitor(Callback):
             "alarms": self.alarms,
             "best": self.best,
             "since": self._since,
+            "pool": self._pool,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.history, self.alarms = list(state_dict["history"]), list(state_dict["alarms"])
         self.best, self._since = dict(state_dict["best"]), state_dict["since"]
+        self._pool = list(state_dict["pool"])
 
     # --- an evaluation --------------------------------------------------------------------------------------------
 
@@ -168,12 +192,10 @@ class GoodhartMonitor(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *, at_start: bool = False
     ) -> dict[str, float]:
         began = time.perf_counter()
-        policy, reference, tokenizer = parts_of(pl_module)
-        assert self._judges is not None
-        with torch.random.fork_rng(devices_of(pl_module)):
-            seed = (self.seed, len(self.history))
-            own = self._judges.rows(self._prompts, policy, reference, tokenizer, seed, of_reference=at_start)
-        rows = gathered(own, trainer.world_size)
+        if self.rollouts and not at_start:
+            rows, self._pool = self._pool, []
+        else:
+            rows = self._sampled(trainer, pl_module, at_start=at_start)
         self._remember(trainer.global_step if not at_start else 0, rows)
         result = self._test()
         values = self._summary() | {
@@ -191,24 +213,46 @@ class GoodhartMonitor(Callback):
         self._seconds += time.perf_counter() - began
         return values
 
+    def _sampled(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, at_start: bool
+    ) -> list[dict[str, Any]]:
+        policy, reference, tokenizer = parts_of(pl_module)
+        assert self._judges is not None
+        with torch.random.fork_rng(devices_of(pl_module)):
+            seed = (self.seed, len(self.history))
+            own = self._judges.rows(self._prompts, policy, reference, tokenizer, seed, of_reference=at_start)
+        return gathered(own, trainer.world_size)
+
+    def _judge_rollout(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        began = time.perf_counter()
+        assert isinstance(pl_module, Online)
+        assert pl_module.last_rollout is not None
+        own = rows_of_training(pl_module.last_rollout, self.proxy, self.gold)
+        self._pool += gathered(own, trainer.world_size)
+        self._seconds += time.perf_counter() - began
+
     def _remember(self, step: int, rows: list[dict[str, Any]]) -> None:
         ids = [row["row"] for row in rows]
-        if self.history and ids != self.history[0]["rows"]:
+        if not self.rollouts and self.history and ids != self.history[0]["rows"]:
             raise ValueError(
                 "the held-out prompts are not those of the checkpoint's evaluations: resume with the same validation "
                 "data and num_prompts, or start a new run"
             )
         columns = {name: [row[name] for row in rows] for name in COLUMNS}
         texts = {"completions": [row["completion"] for row in rows[: self.num_texts]]}
-        if not self.history:  # once, the prompts being the same ever after
+        if not self.history and self.num_texts:  # once, the prompts being the same ever after
             texts["prompts"] = [row["prompt"] for row in rows[: self.num_texts]]
         self.history.append({"step": step, "rows": ids, **columns, **texts})
 
     def _test(self) -> DeclineTest:
+        # Of other prompts than the rollouts, the start says nothing of a decline among them.
+        since = max(self._since, 1) if self.rollouts else self._since
         gold, proxy = (
-            torch.tensor([one[name] for one in self.history[self._since :]], dtype=torch.float64)
+            [torch.tensor(one[name], dtype=torch.float64) for one in self.history[since:]]
             for name in ("gold", "proxy")
         )
+        if not self.rollouts:
+            return decline_test(torch.stack(gold), torch.stack(proxy), threshold=self.threshold)
         return decline_test(gold, proxy, threshold=self.threshold)
 
     def _evaluations(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_rlhf.algorithms.rollout import Rollout, prompt_seeds, sample_rollout
+from lightning_rlhf.algorithms.rollout import Rollout, Scored, prompt_seeds, sample_rollout
 from lightning_rlhf.callbacks.held_out_kl import prompts_of
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
@@ -17,7 +17,7 @@ from lightning_rlhf.generation import Generator, Sampling
 from lightning_rlhf.models import LanguageModel, Reference
 from lightning_rlhf.models.modes import in_eval_mode
 from lightning_rlhf.models.sharding import gathered
-from lightning_rlhf.rewards import Reward, score
+from lightning_rlhf.rewards import Reward, Samples, score
 
 
 def parts_of(
@@ -152,12 +152,40 @@ class Judges:
         else:
             rollout = sample_rollout(prompts, self.generator, policy, tokenizer, self.sampling, seeds)
             kl = sampled_kl(rollout, policy, reference, self.sampling)
-        # So that nothing is counted in: running statistics and multipliers are those of training.
-        with in_eval_mode(self.proxy), in_eval_mode(self.gold):
-            proxy, gold = (score(judge, rollout.samples).total.tolist() for judge in (self.proxy, self.gold))
+        proxy, gold = (judged(judge, rollout.samples).tolist() for judge in (self.proxy, self.gold))
         names = ("row", "prompt", "completion", "kl", "proxy", "gold")
         columns = (prompts.row_ids, prompts.prompts, rollout.samples.completions, kl.tolist(), proxy, gold)
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+@torch.no_grad()
+def judged(reward: Reward, samples: Samples) -> Tensor:
+    """Rewards of samples, ``(N,)``, with nothing counted in: statistics and multipliers are those of training."""
+    with in_eval_mode(reward):
+        return score(reward, samples).total
+
+
+def rows_of_training(scored: Scored, proxy: Reward | None, gold: Reward) -> list[dict[str, Any]]:
+    """What a rollout of training says of each of its prompts, as means over the prompt's completions.
+
+    Args:
+        scored: The rollout.
+        proxy: None for the reward that training maximised, as it was then.
+        gold: What the proxy stands for.
+
+    Returns:
+        ``row``, ``kl`` in nats, ``proxy`` and ``gold`` of each prompt.
+    """
+    rollout = scored.rollout
+    of_proxy = scored.scores if proxy is None else judged(proxy, rollout.samples)
+    counts = [len(group.completions) for group in rollout.groups]
+    kl, proxies, golds = (
+        [part.mean().item() for part in values.double().cpu().split(counts)]
+        for values in (scored.kl, of_proxy, judged(gold, rollout.samples))
+    )
+    rows = [group.row_id for group in rollout.groups]
+    names = ("row", "kl", "proxy", "gold")
+    return [dict(zip(names, values, strict=True)) for values in zip(rows, kl, proxies, golds, strict=True)]
 
 
 @torch.no_grad()

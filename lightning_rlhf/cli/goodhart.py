@@ -19,7 +19,6 @@ from lightning_rlhf.sandbox.annotator import Annotator
 from lightning_rlhf.sandbox.create import create_sandbox
 from lightning_rlhf.sandbox.world import World
 
-UNBIASED = "unbiased_train.jsonl"
 RANKED = "rankings_train.jsonl"
 PLACEHOLDER = re.compile(r"\$\{(seed|coef)\}")
 
@@ -30,14 +29,14 @@ class Sizes:
 
     Attributes:
         num_demonstrations: Rows to train SFT on.
-        num_pairs: Pairs that annotators compared, and as many that unbiased ones did.
+        num_pairs: Pairs that annotators compared.
         num_rankings: Prompts whose six answers annotators sorted: many more labels.
         num_layers: Of the model.
     """
 
-    num_demonstrations: int = 20_000
+    num_demonstrations: int = 16_000
     num_pairs: int = 3_400
-    num_rankings: int = 12_000
+    num_rankings: int = 6_000
     num_layers: int = 2
 
 
@@ -127,7 +126,7 @@ def runs_of(
 
 
 def write_sandbox(folder: Path, seed: int, sizes: Sizes) -> None:
-    """A sandbox, and beside it pairs that annotators without a bias compared, and rankings by the others."""
+    """A sandbox, and beside it rankings by the same annotators."""
     create_sandbox(
         folder,
         seed=seed,
@@ -136,8 +135,6 @@ def write_sandbox(folder: Path, seed: int, sizes: Sizes) -> None:
         num_layers=sizes.num_layers,
     )
     world = World(seed)
-    unbiased = Annotator(world, length_bias=0.0, flattery_bias=0.0, format_bias=0.0)
-    write_rows(world.preferences(sizes.num_pairs, unbiased), folder / UNBIASED)
     write_rows(world.rankings(sizes.num_rankings, Annotator(world)), folder / RANKED)
 
 

@@ -21,24 +21,24 @@ Z = 1.96
 
 @dataclass(frozen=True)
 class Run:
-    """One training: T evaluations of the same P prompts, the first of the starting policy.
+    """One training: T evaluations of P_t prompts each, which may differ; the first is of the starting policy.
 
     Attributes:
         setting: What was done against over-optimisation.
         coef: The KL coefficient.
         seed: Of the run.
-        kl: KL from the start in nats, ``(T, P)``, float64.
-        proxy: What was maximised, ``(T, P)``.
-        gold: What it stands for, ``(T, P)``.
+        kl: KL from the start in nats, T times ``(P_t,)``, float64.
+        proxy: What was maximised, likewise.
+        gold: What it stands for, likewise.
         alarm: The evaluation at which the monitor first gave an alarm; None where it gave none.
     """
 
     setting: str
     coef: float
     seed: int
-    kl: Tensor
-    proxy: Tensor
-    gold: Tensor
+    kl: Sequence[Tensor]
+    proxy: Sequence[Tensor]
+    gold: Sequence[Tensor]
     alarm: int | None = None
 
 
@@ -48,7 +48,7 @@ def read_run(setting: str, coef: float, seed: int, folder: Path) -> Run:
     alarms = json.loads((folder / "goodhart.json").read_text())["alarms"]
     steps = [one["step"] for one in history]
     kl, proxy, gold = (
-        torch.tensor([one[name] for one in history], dtype=torch.float64) for name in ("kl", "proxy", "gold")
+        [torch.tensor(one[name], dtype=torch.float64) for one in history] for name in ("kl", "proxy", "gold")
     )
     return Run(setting, coef, seed, kl, proxy, gold, steps.index(alarms[0]) if alarms else None)
 
@@ -58,25 +58,29 @@ class Outcome(NamedTuple):
 
     Attributes:
         best: Gold gained over the start where it is best: chosen on the prompts of even places, measured on the others.
+        best_error: Its standard error.
         best_kl: KL there, in nats.
         missed: By how much another evaluation was better on the prompts of odd places, less what its 95% interval
-            allows for, prompt by prompt; 0 where the chosen one is within the interval of the best.
+            allows for; 0 where the chosen one is within the interval of the best.
         alarm_kl: KL at the monitor's first alarm; infinite where there was none.
         alarm: Gold gained over the start there, on the prompts of odd places; nan where there was none.
-        lost_kl: KL at the first evaluation, after that, at which gold is below the start by more than its 95%
-            interval, prompt by prompt; infinite where there is none.
+        lost_kl: KL at the first evaluation, after the best, at which gold is below the start by more than its 95%
+            interval; infinite where there is none.
         end: Gold gained over the start at the end.
+        end_error: Its standard error.
         end_proxy: The proxy's gain at the end.
         end_kl: KL at the end.
     """
 
     best: float
+    best_error: float
     best_kl: float
     missed: float
     alarm_kl: float
     alarm: float
     lost_kl: float
     end: float
+    end_error: float
     end_proxy: float
     end_kl: float
 
@@ -85,30 +89,38 @@ def outcome(run: Run) -> Outcome:
     """What a run came to; see :class:`Outcome`.
 
     Example:
-        >>> gold = torch.tensor([[0.0, 0.0], [2.0, 1.0], [-9.0, -9.0]]).repeat(1, 8).double()
-        >>> kl = torch.arange(3.0).double()[:, None].expand_as(gold)
+        >>> gold = [torch.full((8,), value, dtype=torch.float64) for value in (0.0, 2.0, -9.0)]
+        >>> kl = [torch.full((8,), value, dtype=torch.float64) for value in (0.0, 1.0, 2.0)]
         >>> outcome(Run("plain", 0.0, 0, kl, kl, gold))
-        Outcome(best=1.0, best_kl=1.0, missed=0.0, alarm_kl=inf, alarm=nan, lost_kl=2.0, end=-9.0, ...)
+        Outcome(best=2.0, best_error=0.0, best_kl=1.0, missed=0.0, alarm_kl=inf, alarm=nan, lost_kl=2.0, end=-9.0, ...)
     """
-    gains = run.gold - run.gold[0]
-    best = int(gains[:, 0::2].mean(1).argmax())
-    kl = run.kl.mean(1)
-    errors = gains.std(1) / gains.shape[1] ** 0.5
-    others = gains[:, 1::2]
-    better = others - others[best]
-    missed = better.mean(1) - Z * better.std(1) / better.shape[1] ** 0.5
-    lost = (gains.mean(1) < -Z * errors) & (torch.arange(len(gains)) > best)
+    means, errors = means_and_errors(run.gold)
+    best = int(means_and_errors([row[0::2] for row in run.gold])[0].argmax())
+    others, other_errors = means_and_errors([row[1::2] for row in run.gold])
+    kl = means_and_errors(run.kl)[0]
+    proxy = means_and_errors(run.proxy)[0]
+    gains, gain_errors = means - means[0], (errors.square() + errors[0].square()).sqrt()
+    missed = (others - others[best]) - Z * (other_errors.square() + other_errors[best].square()).sqrt()
+    lost = (gains < -Z * gain_errors) & (torch.arange(len(gains)) > best)
     return Outcome(
-        others[best].mean().item(),
+        (others[best] - others[0]).item(),
+        (other_errors[best].square() + other_errors[0].square()).sqrt().item(),
         kl[best].item(),
         max(0.0, missed.max().item()),
         math.inf if run.alarm is None else kl[run.alarm].item(),
-        math.nan if run.alarm is None else others[run.alarm].mean().item(),
+        math.nan if run.alarm is None else (others[run.alarm] - others[0]).item(),
         kl[int(lost.int().argmax())].item() if lost.any() else math.inf,
-        gains[-1].mean().item(),
-        (run.proxy[-1] - run.proxy[0]).mean().item(),
+        gains[-1].item(),
+        gain_errors[-1].item(),
+        (proxy[-1] - proxy[0]).item(),
         kl[-1].item(),
     )
+
+
+def means_and_errors(evaluations: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and its standard error of each evaluation, over its prompts."""
+    means = torch.stack([row.mean() for row in evaluations])
+    return means, torch.stack([row.std() / len(row) ** 0.5 for row in evaluations])
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -138,10 +150,12 @@ COLUMNS = (
     "KL coefficient",
     "seeds",
     "gold gained at its best",
+    "by more than chance",
     "KL there (nats)",
     "alarms",
     "KL there (nats)",
     "gold gained there",
+    "half of the best or more",
     "gold below its start",
     "KL there (nats)",
     "gold gained at the end",
@@ -162,10 +176,12 @@ def markdown(runs: Sequence[Run]) -> str:
             f"{coef:g}",
             str(len(several)),
             _cell([one.best for one in found]),
+            f"{sum(one.best > Z * one.best_error for one in found)} of {len(several)}",
             _cell([one.best_kl for one in found]),
             f"{len(alarmed)} of {len(several)}",
             _cell([one.alarm_kl for one in alarmed]),
             _cell([one.alarm for one in alarmed]),
+            f"{sum(one.alarm >= one.best / 2 for one in alarmed)} of {len(alarmed)}" if alarmed else "",
             f"{len(lost)} of {len(several)}",
             _cell(lost),
             _cell([one.end for one in found]),
@@ -176,8 +192,9 @@ def markdown(runs: Sequence[Run]) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     notes = (
         "± is half of a 95% interval over seeds (Student). The best evaluation of a run is chosen on half of the "
-        "prompts and measured on the other half, as is the gold at the monitor's first alarm. Gold is below its start "
-        "where the difference, prompt by prompt, is below 0 by more than its 95% interval, after the best evaluation."
+        "prompts and measured on the other half, as is the gold at the monitor's first alarm. By more than chance: by "
+        "more than the 95% interval of the run's own prompts. Gold is below its start where the difference is below 0 "
+        "by more than its 95% interval, after the best evaluation."
     )
     return f"{table}\n\n{notes}\n"
 
@@ -223,11 +240,12 @@ def draw(runs: Sequence[Run]) -> "Figure":
 def _draw_curve(axis: "Axes", runs: Sequence[Run], label: str, color: str) -> None:
     """Means over seeds, evaluation by evaluation, gold with a 95% band."""
     length = min(len(run.kl) for run in runs)
-    d = torch.stack([run.kl[:length].mean(1).clamp(min=0).sqrt() for run in runs]).mean(0)
-    gold, proxy = (
-        torch.stack([(values[:length] - values[0]).mean(1) for values in several])
-        for several in ([run.gold for run in runs], [run.proxy for run in runs])
+    kl, gold, proxy = (
+        torch.stack([means_and_errors(values[:length])[0] for values in several])
+        for several in ([run.kl for run in runs], [run.gold for run in runs], [run.proxy for run in runs])
     )
+    d = kl.clamp(min=0).sqrt().mean(0)
+    gold, proxy = gold - gold[:, :1], proxy - proxy[:, :1]
     bands = [mean_and_interval(column.tolist()) for column in gold.T]
     means = torch.tensor([mean for mean, _ in bands])
     halves = torch.tensor([half for _, half in bands]).nan_to_num()

@@ -70,11 +70,13 @@ class Rankings:
         num_prompts: How many.
         num_completions: Answers to each.
         writer: Whose answers they are.
+        draw: Another one has other prompts and answers.
     """
 
     num_prompts: int
     num_completions: int = 6
     writer: Callable[[Random], Style] = contestant
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def write_world(folder: Path, plan: Plan, seed: int) -> None:
     world = World(seed)
     annotator = Annotator(world)
     for name, of in plan.rankings.items():
-        rows = world.rankings(of.num_prompts, annotator, of.num_completions, writer=of.writer)
+        rows = world.rankings(
+            of.num_prompts, annotator, of.num_completions, seed=of.draw, writer=of.writer
+        )
         write_rows(rows, folder / name)
     judged = world.preferences(plan.num_reward_test, annotator, "val", REWARD_TEST_DRAW)
     write_rows(judged, folder / REWARD_TEST)

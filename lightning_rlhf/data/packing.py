@@ -65,6 +65,7 @@ class PaddedBatch(NamedTuple):
         position_ids: ``(N, L)``.
         predictors: Flat indices into ``N·L`` of the positions that predict a target, ``(M,)``.
         ends: Flat indices of the last token of each completion, ``(N,)``.
+        completions: Flat indices of all tokens of completions, completion by completion.
     """
 
     input_ids: Tensor
@@ -72,6 +73,7 @@ class PaddedBatch(NamedTuple):
     position_ids: Tensor
     predictors: Tensor
     ends: Tensor
+    completions: Tensor
 
 
 @dataclass(eq=False)  # not frozen: Lightning's precision plugins refuse frozen dataclasses in a batch
@@ -209,6 +211,16 @@ class PackedBatch:
         ends = [end - 1 for end, first in zip(accumulate(lengths), is_prompt, strict=True) if not first]
         return torch.tensor(ends, device=self.input_ids.device)
 
+    @cached_property
+    def completions(self) -> Tensor:
+        """Where the tokens of completions stand, completion by completion."""
+        places, start = [], 0
+        for prompt, completions in zip(self.prompt_lengths, self.completion_lengths, strict=True):
+            end = start + prompt + sum(completions)
+            places.append(torch.arange(start + prompt, end))
+            start = end
+        return torch.cat(places).to(self.input_ids.device)
+
     def padded(self) -> PaddedBatch:
         """One right-padded row per prompt + completion, from the same tensors."""
         device = self.input_ids.device
@@ -241,7 +253,10 @@ class PackedBatch:
         )
         predictors = row_of_target * self.max_positions + self.position_ids[self.predictors]
         ends = torch.arange(row, device=device) * self.max_positions + self.position_ids[self.ends]
-        return PaddedBatch(input_ids, mask, position_ids, predictors, ends)
+        own = [(place, n) for place, n in enumerate(n for c in self.completion_lengths for n in c)]
+        row_of_token = torch.cat([torch.full((n,), place) for place, n in own]).to(device)
+        tokens = row_of_token * self.max_positions + self.position_ids[self.completions]
+        return PaddedBatch(input_ids, mask, position_ids, predictors, ends, tokens)
 
 
 def pack(groups: Iterable[PromptGroup]) -> PackedBatch:

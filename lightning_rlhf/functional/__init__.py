@@ -16,6 +16,7 @@ from lightning_rlhf.functional.calibration import ReliabilityCurve, calibration_
 from lightning_rlhf.functional.decline import (
     DeclineTest,
     decline_statistic,
+    decline_statistic_unpaired,
     decline_test,
     decline_threshold,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "comparisons",
     "cpo_loss",
     "decline_statistic",
+    "decline_statistic_unpaired",
     "decline_test",
     "decline_threshold",
     "discopop_loss",

@@ -1,6 +1,7 @@
 """A sequential test: whether the gold reward falls, looked at after every evaluation of a run."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -9,7 +10,13 @@ from torch import Tensor
 
 from lightning_rlhf.functional.checks import require_finite, require_same_shape
 
-__all__ = ["DeclineTest", "decline_statistic", "decline_test", "decline_threshold"]
+__all__ = [
+    "DeclineTest",
+    "decline_statistic",
+    "decline_statistic_unpaired",
+    "decline_test",
+    "decline_threshold",
+]
 
 
 class DeclineTest(NamedTuple):
@@ -60,7 +67,41 @@ def decline_statistic(values: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return z, blocks[int(place)]
 
 
-def decline_test(gold: Tensor, proxy: Tensor, *, threshold: float) -> DeclineTest:
+def decline_statistic_unpaired(values: Sequence[Tensor]) -> tuple[Tensor, tuple[int, int]]:
+    r"""As :func:`decline_statistic` where every evaluation is of other prompts, such as the rollouts of a training.
+
+    With the mean $m_t$ of evaluation t and its standard error $s_t$, blocks of a evaluations before and b up to now
+    have
+
+    $t = \frac{\bar m_{before} - \bar m_{now}}{\sqrt{\sum_{before} s_t^2 / a^2 + \sum_{now} s_t^2 / b^2}}$
+
+    with the degrees of freedom of Welch (1947), mapped to a normal deviate as there.
+
+    Args:
+        values: One row per evaluation in order, each of one value per prompt, ``(N_t,)``.
+
+    Returns:
+        The largest z, a scalar, float64, −∞ below two evaluations; and the lengths a and b of its blocks.
+
+    Raises:
+        ValueError: If an evaluation has fewer than two prompts or a value is not finite.
+
+    Example:
+        >>> z, blocks = decline_statistic_unpaired([torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1.0, 2.0])])
+        >>> print(f"{z:.2f} {blocks}")
+        0.98 (1, 1)
+    """
+    means, squares, counts = _means(values)
+    blocks = _blocks(len(values))
+    if not blocks:
+        return torch.tensor(-math.inf, dtype=torch.float64), (0, 0)
+    z, place = _deviate_unpaired(means, squares, counts, blocks).max(0)
+    return z, blocks[int(place)]
+
+
+def decline_test(
+    gold: Tensor | Sequence[Tensor], proxy: Tensor | Sequence[Tensor], *, threshold: float
+) -> DeclineTest:
     """Whether gold falls while the proxy rises, by more than chance, at the latest of several looks.
 
     Gold falls where :func:`decline_statistic` exceeds the threshold; the proxy rises where its paired z between the
@@ -74,8 +115,10 @@ def decline_test(gold: Tensor, proxy: Tensor, *, threshold: float) -> DeclineTes
     gain was lost with 128 prompts, and before 65% with 32.
 
     Args:
-        gold: Gold rewards, ``(T, N)``: T evaluations in order, the same N prompts in each.
-        proxy: Proxy rewards of the same samples, ``(T, N)``.
+        gold: Gold rewards, ``(T, N)``: T evaluations in order, the same N prompts in each; or a row for each
+            evaluation, ``(N_t,)``, where the prompts differ, which asks for more samples:
+            :func:`decline_statistic_unpaired`.
+        proxy: Proxy rewards of the same samples, in the same shape.
         threshold: From :func:`decline_threshold`.
 
     Returns:
@@ -93,10 +136,17 @@ def decline_test(gold: Tensor, proxy: Tensor, *, threshold: float) -> DeclineTes
         >>> decline_test(steps + level, steps + level, threshold=3.0).alarm
         False
     """
-    require_same_shape("gold", gold, "proxy", proxy)
-    require_finite("proxy", proxy)
-    statistic, (before, after) = decline_statistic(gold)
-    rise = -_deviate(_falls(proxy, [(before, after)])).item() if after else -math.inf
+    if isinstance(gold, Tensor) and isinstance(proxy, Tensor):
+        require_same_shape("gold", gold, "proxy", proxy)
+        require_finite("proxy", proxy)
+        statistic, blocks = decline_statistic(gold)
+        rise = -_deviate(_falls(proxy, [blocks])).item() if all(blocks) else -math.inf
+    else:
+        for one, other in zip(gold, proxy, strict=True):
+            require_same_shape("gold", one, "proxy", other)
+        statistic, blocks = decline_statistic_unpaired(list(gold))
+        found = _means(list(proxy))
+        rise = -_deviate_unpaired(*found, [blocks]).item() if all(blocks) else -math.inf
     alarm = statistic.item() > threshold and rise > NormalDist().inv_cdf(0.95)
     return DeclineTest(alarm, statistic.item(), rise)
 
@@ -157,10 +207,45 @@ def _falls(values: Tensor, blocks: list[tuple[int, int]]) -> Tensor:
 
 def _deviate(falls: Tensor) -> Tensor:
     """The normal deviate of the paired t statistic of differences over the last dimension."""
-    degrees = falls.shape[-1] - 1
-    mean, error = falls.mean(-1), falls.std(-1) / math.sqrt(degrees + 1)
+    count = falls.shape[-1]
+    degrees = torch.tensor(count - 1.0, dtype=torch.float64)
+    return _wallace(falls.mean(-1), falls.std(-1) / math.sqrt(count), degrees)
+
+
+def _means(values: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each evaluation its mean, the square of the mean's standard error, and the number of values."""
+    for row in values:
+        if row.dim() != 1 or len(row) < 2:
+            raise ValueError(f"an evaluation has shape {tuple(row.shape)}: give (N,), N ≥ 2 prompts in each")
+        require_finite("values", row)
+    columns = [[row.double().mean(), row.double().var() / len(row), len(row)] for row in values]
+    means, squares, counts = torch.tensor(columns, dtype=torch.float64).reshape(-1, 3).T
+    return means, squares, counts
+
+
+def _deviate_unpaired(
+    means: Tensor, squares: Tensor, counts: Tensor, blocks: list[tuple[int, int]]
+) -> Tensor:
+    """The normal deviate of Welch's t statistic of the later block's mean below the earlier one's."""
+    found = []
+    for before, after in blocks:
+        middle = len(means) - after
+        parts = [(slice(middle - before, middle), before), (slice(middle, None), after)]
+        fall = means[parts[0][0]].mean() - means[parts[1][0]].mean()
+        shares = torch.cat([squares[place] / size**2 for place, size in parts])
+        degrees = torch.cat([counts[place] - 1 for place, _ in parts])
+        total = shares.sum()
+        found.append(
+            _wallace(fall, total.sqrt(), total.square() / (shares.square() / degrees).sum().clamp(min=1e-300))
+        )
+    return torch.stack(found)
+
+
+def _wallace(mean: Tensor, error: Tensor, degrees: Tensor) -> Tensor:
+    """The normal deviate of a t statistic."""
     t = mean / error.clamp(
         min=1e-12 * mean.abs().max().item() + 1e-300
     )  # no noise at all: a very large number
+    degrees = degrees.clamp(min=1.0)
     size = (degrees * torch.log1p(t.square() / degrees)).sqrt() * (8 * degrees + 1) / (8 * degrees + 3)
     return torch.sign(t) * size

@@ -18,6 +18,7 @@ from lightning_rlhf.models import attention
 from lightning_rlhf.models.checkpointing import HostMemory, selective_contexts
 from lightning_rlhf.models.settings import Layout, check_choice
 
+Places = Literal["predictors", "ends", "completions"]
 LOGITS_AT_A_TIME = 2**26
 """256 MiB in float32: as many positions are projected to the vocabulary at a time."""
 
@@ -170,13 +171,11 @@ class LanguageModel(nn.Module):
         """Positions that are projected to the vocabulary at a time."""
         return max(1, LOGITS_AT_A_TIME // self.config.get_text_config().vocab_size)
 
-    def hidden_states(self, batch: PackedBatch, at: Literal["predictors", "ends"] = "predictors") -> Tensor:
-        """The last hidden state at every position that predicts a target, ``(M, H)``, or ends a completion."""
+    def hidden_states(self, batch: PackedBatch, at: Places = "predictors") -> Tensor:
+        """The last hidden state at every position that predicts a target, ends a completion or is part of one."""
         return self._hidden_states(batch, at, None)
 
-    def _hidden_states(
-        self, batch: PackedBatch, at: Literal["predictors", "ends"], learned: int | None
-    ) -> Tensor:
+    def _hidden_states(self, batch: PackedBatch, at: Places, learned: int | None) -> Tensor:
         """With ``learned``, those of further completions are of a second forward, without gradient."""
         self._check_fits(batch)
         if self.layout_of(batch) == "padded":

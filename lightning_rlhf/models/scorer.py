@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf import functional as RF
 from lightning_rlhf.data.packing import PackedBatch
-from lightning_rlhf.models.language_model import LanguageModel
+from lightning_rlhf.models.language_model import LanguageModel, Places
 
 
 class Head(nn.Module):
@@ -139,9 +139,16 @@ class Scorer(nn.Module):
 
     def ends(self, batch: PackedBatch) -> Tensor:
         """The last hidden state at each completion's last token, ``(N, d)``."""
+        return self._hidden(batch, "ends")
+
+    def tokens(self, batch: PackedBatch) -> Tensor:
+        """The last hidden state at each token of each completion, one completion after the other."""
+        return self._hidden(batch, "completions")
+
+    def _hidden(self, batch: PackedBatch, at: Places) -> Tensor:
         model = self.language_model
         with nullcontext() if self.adapter is None else model.role(self.adapter):
-            return model.hidden_states(batch, at="ends")
+            return model.hidden_states(batch, at)
 
     def raw(self, batch: PackedBatch) -> Tensor:
         """Scores as the head gives them, ``(N,)``."""

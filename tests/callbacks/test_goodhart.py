@@ -203,6 +203,56 @@ def test_resumes_with_its_evaluations(trainer, tokenizer, llama_dir, tmp_path):
         run(monitor(num_prompts=3), 6, tmp_path / "last.ckpt")
 
 
+def test_rollouts_of_training_are_judged_and_nothing_else_is_sampled(trainer, tokenizer, llama):
+    """4 prompts, 2 samples each and one step a rollout; an evaluation has the two rollouts before it."""
+    seen = []
+
+    class Remember(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(module.last_rollout)
+
+    watch = monitor(rollouts=True, proxy=None)
+    module = ppo(llama, tokenizer)
+    drawn = []
+    generate = module.generator.generate
+    module.generator.generate = lambda *a, **k: drawn.append(len(a[2])) or generate(*a, **k)
+    trainer(callbacks=[Remember(), watch], max_epochs=1).fit(module, prompts(), prompts(2))
+    assert [one["step"] for one in watch.history] == [0, 2, 4]
+    assert drawn[-4:] == [4] * 4
+    for evaluation, rollouts in zip(watch.history[1:], (seen[:2], seen[2:]), strict=True):
+        assert evaluation["completions"] == []
+        expected = {"row": [], "kl": [], "proxy": [], "gold": []}
+        for one in rollouts:
+            texts = one.rollout.samples.completions
+            for place, group in enumerate(one.rollout.groups):
+                pair = slice(2 * place, 2 * place + 2)
+                expected["row"].append(group.row_id)
+                expected["kl"].append(one.kl[pair].mean().item())
+                expected["proxy"].append(sum(capitals(texts[pair])) / 2)
+                expected["gold"].append(sum(no_capitals(texts[pair])) / 2)
+        assert evaluation["rows"] == expected["row"]
+        for name in ("kl", "proxy", "gold"):
+            assert evaluation[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_rollouts_between_evaluations_are_part_of_checkpoints(trainer, tokenizer, llama_dir, tmp_path):
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.global_step == 1:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    def run(checkpoint=None):
+        watch = monitor(rollouts=True, proxy=None, every_n_steps=3)
+        torch.manual_seed(0)
+        fit = trainer(callbacks=[watch, Save()], max_epochs=4, limit_train_batches=1)
+        fit.fit(ppo(llama_dir, None), prompts(), prompts(2), ckpt_path=checkpoint)
+        return watch.history
+
+    whole = run()
+    assert [len(one["rows"]) for one in whole] == [6, 12, 4]
+    assert run(tmp_path / "first.ckpt") == whole
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -230,6 +280,8 @@ def test_what_it_cannot_watch_is_refused(trainer, tokenizer, llama):
         ValueError, match="held-out prompts are those of the validation data, and there is none"
     ):
         fit(monitor(), DPO(llama, tokenizer), loader())
+    with pytest.raises(ValueError, match="rollouts: true judges what a module samples for training, and DPO"):
+        fit(monitor(rollouts=True), DPO(llama, tokenizer), loader(), loader())
     with pytest.raises(ValueError, match="multiplies PPO's kl.coef, and DPO has none"):
         fit(monitor(on_alarm="raise_kl"), DPO(llama, tokenizer), loader(), loader())
     steered = PPO(

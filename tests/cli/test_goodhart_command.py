@@ -44,7 +44,7 @@ def experiment(tmp_path):
         "worst of three": kept["worst of three"],
         "labelled anew": kept["labelled anew"] | {"coefs": [0.0]},
     }
-    stages.pop("unbiased")
+    stages.pop("token")
     stages.pop("odin")
     stages.pop("informed")
     (tmp_path / "goodhart.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))

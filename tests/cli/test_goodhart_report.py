@@ -82,6 +82,6 @@ def test_runs_are_read_from_what_a_monitor_wrote(tmp_path):
     (tmp_path / "goodhart.json").write_text(json.dumps({"alarms": [5, 9]}))
     run = read_run("plain", 0.1, 7, tmp_path)
     assert run.alarm == 1
-    assert run.kl.tolist() == [[0.0, 0.0], [0.0, 5.0]]
+    assert [row.tolist() for row in run.kl] == [[0.0, 0.0], [0.0, 5.0]]
     assert run.proxy[1].tolist() == [5.0, 5.0]
     assert (run.setting, run.coef, run.seed) == ("plain", 0.1, 7)

@@ -270,6 +270,61 @@ def test_prompts_of_different_worth_do_not_matter():
     torch.testing.assert_close(other[0], one[0])
 
 
+def first_alarm_unpaired(gold, proxy, threshold):
+    return next(
+        (
+            t
+            for t in range(1, len(gold))
+            if RF.decline_test(gold[: t + 1], proxy[: t + 1], threshold=threshold).alarm
+        ),
+        None,
+    )
+
+
+def other_prompts(seed, curve, proxy_curve, sizes):
+    """Evaluations of prompts of their own, gold around a curve, the proxy around a rising one."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        [
+            level + torch.randn(n, generator=generator, dtype=DOUBLE)
+            for level, n in zip(levels, sizes, strict=True)
+        ]
+        for levels in (curve, proxy_curve)
+    )
+
+
+def test_other_prompts_in_every_evaluation():
+    """Constant gold gives few alarms, a decline one, whatever the sizes of the evaluations."""
+    count, sizes = 12, [32, 64, 48] * 4
+    limit, rising = RF.decline_threshold(count), 0.3 * torch.arange(count, dtype=DOUBLE)
+    quiet = [
+        first_alarm_unpaired(*map(list, other_prompts(seed, torch.zeros(count), rising, sizes)), limit)
+        for seed in range(200)
+    ]
+    assert sum(t is not None for t in quiet) <= 0.05 * 200
+    time = torch.arange(count, dtype=DOUBLE)
+    curve = torch.where(time < 6, time / 6, 2 - time / 6)
+    found = [
+        first_alarm_unpaired(*map(list, other_prompts(seed, curve, rising, sizes)), limit)
+        for seed in range(30)
+    ]
+    assert all(t is None or t > 6 for t in found)
+    assert sum(t is not None for t in found) >= 27
+
+
+def test_unpaired_is_welch():
+    """Two evaluations: scipy's unequal-variances t test, as a normal deviate."""
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(40, generator=generator, dtype=DOUBLE)
+    other = 3 * torch.randn(25, generator=generator, dtype=DOUBLE) - 1
+    z, blocks = RF.decline_statistic_unpaired([one, other])
+    p = scipy.stats.ttest_ind(one.numpy(), other.numpy(), equal_var=False, alternative="greater").pvalue
+    assert blocks == (1, 1)
+    assert z.item() == pytest.approx(scipy.stats.norm.isf(p), abs=0.01)
+    with pytest.raises(ValueError, match=r"an evaluation has shape \(1,\)"):
+        RF.decline_statistic_unpaired([one, other[:1]])
+
+
 # --- length-controlled win rate ---
 
 
