@@ -22,7 +22,8 @@ def export(
     A reward model becomes one for AutoModelForSequenceClassification; an ensemble, one directory a member.
 
     Args:
-        checkpoint: A checkpoint file of a training.
+        checkpoint: A checkpoint of a training: a file, or the directory that FSDP2 made with
+            save_distributed_checkpoint.
         output: The directory to make; it appears whole or not at all.
         merge: Add a LoRA adapter to its base's weights, instead of writing the adapter alone. From a 4-bit base it
             is merged onto the base in bfloat16.

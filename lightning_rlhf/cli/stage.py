@@ -35,7 +35,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a folder that can be read: a kill while writing may have broken the last one."""
     for path in sorted(folder.glob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
-            read_checkpoint(path)
+            read_checkpoint(path, weights=False)
         except ValueError as error:
             print(f"left out: {error}")
         else:
@@ -48,7 +48,7 @@ def training_seconds(checkpoint: Path) -> float:
 
     Of an interrupted training those up to the checkpoint it went on from, and those after.
     """
-    elapsed: dict[str, Any] = read_checkpoint(checkpoint)["callbacks"]["Timer"]["time_elapsed"]
+    elapsed: dict[str, Any] = read_checkpoint(checkpoint, weights=False)["callbacks"]["Timer"]["time_elapsed"]
     return float(elapsed["train"])
 
 

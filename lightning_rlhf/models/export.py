@@ -25,6 +25,7 @@ from lightning_rlhf.models.loading import (
     trainable_settings,
 )
 from lightning_rlhf.models.settings import Dtype, Policy, changes_base
+from lightning_rlhf.models.sharded_checkpoint import is_sharded_checkpoint, read_sharded
 
 PREFIX = "policy.model."
 """Where a module's state holds the weights of its policy."""
@@ -40,7 +41,7 @@ def export_checkpoint(
     model directory. The directory appears whole or not at all.
 
     Args:
-        checkpoint: A checkpoint file of one of this package's modules.
+        checkpoint: A checkpoint of one of this package's modules, a file or a sharded one's directory.
         output: The directory to make.
         merge: Add the adapter to the base's weights.
         dtype: Of merged or full weights; ``auto`` is the dtype they were trained in, bfloat16 for a quantised base.
@@ -90,17 +91,24 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         raise OSError(f"the weights could not be written into {folder.parent}: {error}") from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint file; nothing in it is executed.
+def read_checkpoint(path: Path, *, weights: bool = True) -> dict[str, Any]:
+    """Load a checkpoint, one file or a sharded one; nothing in it is executed.
+
+    Args:
+        path: Of the file or directory.
+        weights: Of a sharded checkpoint, read them; else its state has names and no values. Those of a file are read
+            where they are used.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is something else.
     """
+    if is_sharded_checkpoint(path):
+        return read_sharded(path, weights=weights)
     if path.is_dir():
         raise ValueError(
-            f"{path} is a directory: a model directory needs no export; a sharded checkpoint is made one file by "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint`"
+            f"{path} is a directory and no sharded checkpoint, or one that was not written to its end; a model "
+            "directory needs no export"
         )
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")

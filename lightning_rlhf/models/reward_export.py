@@ -53,7 +53,7 @@ def export_reward_model(
     or their average (WARM, Ramé et al., 2024).
 
     Args:
-        checkpoint: A checkpoint file of ``RewardModel``.
+        checkpoint: A checkpoint of ``RewardModel``, a file or a sharded one's directory.
         output: The directory to make.
         merge: Add the adapter to the base's weights.
         dtype: Of merged or full weights; ``auto`` is the dtype they were trained in, bfloat16 for a quantised base.
@@ -91,8 +91,8 @@ def export_reward_model(
 
 
 def is_reward_model(checkpoint: Path) -> bool:
-    """Whether a checkpoint file is a reward model's."""
-    return "ensemble.scorers.0.head.weight" in read_checkpoint(checkpoint)["state_dict"]
+    """Whether a checkpoint is a reward model's."""
+    return "ensemble.scorers.0.head.weight" in read_checkpoint(checkpoint, weights=False)["state_dict"]
 
 
 def read_members(state: Mapping[str, Any]) -> list[Member]:

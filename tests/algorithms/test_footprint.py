@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 from lightning_rlhf.algorithms.footprint import RewardRole, Training, forecast
 from lightning_rlhf.algorithms.footprint.phases import Step
 from lightning_rlhf.generation import Sampling
+from lightning_rlhf.generation.prefill import SPARE
 from lightning_rlhf.models import LoRA, Policy, Quantization, load_language_model
 from lightning_rlhf.models.memory import MemoryLedger
 
@@ -139,14 +140,25 @@ def test_only_what_is_learnt_from_keeps_its_logits(path):
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-def test_the_cache_holds_every_sample(path, num_samples):
-    sampling = Sampling(max_new_tokens=4, num_samples=num_samples, batch_size=2)
-    phase = found(path, "PPO", sampling=sampling, **PPO).phases[0]
-    # Prompt and completion but for the last token, which nothing follows; 2 prompts at a time.
-    rows, tokens = 2 * num_samples, 6 + 4 - 1
-    entry = rows * HEADS * tokens * WIDTH * 4
+@pytest.mark.parametrize(("completion", "room"), [(4, SPARE), (SPARE - 5, SPARE), (SPARE - 4, 2 * SPARE)])
+def test_the_cache_holds_every_sample_and_spare_tokens(path, num_samples, completion, room):
+    sampling = Sampling(max_new_tokens=completion, num_samples=num_samples, batch_size=2)
+    phase = found(path, "PPO", sampling=sampling, **{**PPO, "completion": completion}).phases[0]
+    # Prompt (6) and completion but for the last token, which nothing follows, rounded up; 2 prompts at a time.
+    entry = 2 * num_samples * HEADS * room * WIDTH * 4
     assert phase.name == "generation"
     assert phase.peak.most["KV cache"] == 2 * LAYERS * entry
+
+
+def test_a_cache_that_grows_is_copied_layer_by_layer(path):
+    """The most there is beside the rest: the old and the new keys and values of one layer."""
+    totals = []
+    for completion in (SPARE - 5, SPARE - 4):
+        sampling = Sampling(max_new_tokens=completion, batch_size=2)
+        how = {**PPO, "completion": completion, "sampling": sampling}
+        totals.append(found(path, "PPO", **how).phases[0].peak.total)
+    entry = 2 * HEADS * SPARE * WIDTH * 4
+    assert 2 * LAYERS * entry <= totals[1] - totals[0] <= 2 * (LAYERS + 1) * entry + 4_096
 
 
 def test_every_role_of_ppo_is_there(path):

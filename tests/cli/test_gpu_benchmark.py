@@ -7,6 +7,7 @@ import math
 import pytest
 
 from lightning_rlhf.data.packing import PromptGroup, pack
+from lightning_rlhf.models.attention import MIN_FLEX_HEAD_DIM
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu_models import SHAPES, config_of, flops
 
@@ -22,6 +23,12 @@ def test_shapes_have_their_size(shape):
     weights = (flops(shape, one, "sft") / 4 - hidden * vocabulary) / 2
     total = weights + hidden * vocabulary * (1 if tied else 2)
     assert total / 1e9 == pytest.approx(SIZES[shape], rel=0.01)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_heads_are_as_wide_as_every_backend_needs(shape):
+    config = config_of(shape)
+    assert config.hidden_size // config.num_attention_heads >= MIN_FLEX_HEAD_DIM
 
 
 def test_it_runs_without_a_gpu(tmp_path, capsys):

@@ -87,9 +87,15 @@ UNSUPPORTED = {
 }
 
 
-def tiny(name: str, seed: int = 0) -> PreTrainedModel:
-    """A model whose weights are large enough for a wrong attention to show."""
-    settings = {**SUPPORTED, **UNSUPPORTED}[name]
+def tiny(name: str, seed: int = 0, **changed: int) -> PreTrainedModel:
+    """A model whose weights are large enough for a wrong attention to show.
+
+    Args:
+        name: Of its configuration's class.
+        seed: Of its weights.
+        changed: Other settings than its family's, such as ``head_dim``.
+    """
+    settings = {**SUPPORTED, **UNSUPPORTED}[name] | changed
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         getattr(transformers, name)(**settings), attn_implementation="eager"

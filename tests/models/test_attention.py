@@ -191,12 +191,19 @@ def test_flex_and_varlen_after_a_forward_before(batch, window):
 FLEX = ["LlamaConfig", "Qwen3Config", "MistralConfig", "Gemma2Config", "Gemma3TextConfig", "GptOssConfig"]
 
 
+def wide(name):
+    """With heads as wide as FlexAttention needs them on CUDA."""
+    model = tiny(name, head_dim=A.MIN_FLEX_HEAD_DIM)
+    assert model.get_submodule("model.layers.0.self_attn").head_dim == A.MIN_FLEX_HEAD_DIM
+    return model
+
+
 @pytest.mark.parametrize("name", FLEX)
 @torch.no_grad()  # FlexAttention has no backward on a CPU
 def test_flex_equals_padded(name, batch, monkeypatch):
-    model = LanguageModel(tiny(name))  # probed by segments
+    model = LanguageModel(wide(name))  # probed by segments
     monkeypatch.setattr(A, "choose_backend", lambda *args, **kwargs: "flex")
-    expected = LanguageModel(tiny(name), layout="padded")(batch).logprobs
+    expected = LanguageModel(wide(name), layout="padded")(batch).logprobs
     torch.testing.assert_close(model(batch).logprobs, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -260,8 +267,8 @@ def test_cuda_backends_equal_padded(name, backend, batch, monkeypatch):
     batch = batch.to("cuda")
     dtypes = (torch.bfloat16,) if backend == "varlen" else (torch.bfloat16, torch.float32)
     for dtype in dtypes:
-        model = LanguageModel(tiny(name).to("cuda", dtype))
-        reference = LanguageModel(tiny(name).to("cuda", dtype), layout="padded")
+        model = LanguageModel(wide(name).to("cuda", dtype))
+        reference = LanguageModel(wide(name).to("cuda", dtype), layout="padded")
         monkeypatch.setattr(A, "choose_backend", lambda *args, **kwargs: backend)
         if dtype == torch.float32:
             assert_same(model, reference, batch)

@@ -31,10 +31,10 @@ PAIRWISE = {
     *("OnlineDPO-lora-fsdp2", "OnlineDPO-nf4-ddp", "OnlineDPO-full-ddp"),
 }
 EVERY = {"-".join(cell) for cell in itertools.product(ALGORITHMS, WEIGHTS, STRATEGIES)}
-# Beside the matrix: one file a rank, activations computed again, a reference that follows, half precision.
+# Beside the matrix: a checkpoint of a file a rank, from which one process exports.
+SHARDED = ("PPO-full-fsdp2-sharded", "RewardModel-lora-fsdp2-sharded", "SFT-lora-fsdp2-sharded")
+# Activations computed again, a reference that follows, half precision.
 OPTIONS = {
-    "SFT-lora-fsdp2-sharded",
-    "PPO-full-fsdp2-sharded",
     "PPO-lora-fsdp2-checkpointing",
     "OnlineDPO-lora-fsdp2-follow",
     "OnlineDPO-full-fsdp2-follow",
@@ -95,7 +95,7 @@ def single(llama_dir, place):
 @pytest.fixture(scope="module")
 def quick(llama_dir, place, single):
     from_one = [f"{name}-{FROM_ONE}={single(name)[0] / 'epoch=0.ckpt'}" for name in OTHER_NUMBERS]
-    return launch(["refusals", UNEVEN, *sorted(PAIRWISE), *from_one], llama_dir, place / "quick")
+    return launch(["refusals", UNEVEN, *sorted(PAIRWISE), *SHARDED, *from_one], llama_dir, place / "quick")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,9 @@ def exported(checkpoint, output):
 def check_export(name, folder, single, tmp_path):
     """The files are those of one process: as many weights, and equal but for what Adam makes of rounding."""
     one, _ = single(name)
-    mine = exported(folder / name / "epoch=1.ckpt", tmp_path / "two")
+    checkpoint = folder / name / "epoch=1.ckpt"
+    assert checkpoint.is_dir() is (name in SHARDED)
+    mine = exported(checkpoint, tmp_path / "two")
     theirs = exported(one / "epoch=1.ckpt", tmp_path / "one")
     assert mine.keys() == theirs.keys()
     for key, value in mine.items():
@@ -146,7 +148,7 @@ def check_export(name, folder, single, tmp_path):
         assert (value - theirs[key]).norm() < 1e-2 * theirs[key].norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("name", [*sorted(PAIRWISE), UNEVEN])
+@pytest.mark.parametrize("name", [*sorted(PAIRWISE), *SHARDED, UNEVEN])
 def test_two_processes_equal_one_and_resume(name, quick, single, place, tmp_path):
     check(name, quick[name], single)
     check_export(name, place / "quick", single, tmp_path)

@@ -13,7 +13,7 @@ from lightning_rlhf.algorithms.footprint.roles import Roles, build
 from lightning_rlhf.algorithms.footprint.settings import Forecast, Phase, Training
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 from lightning_rlhf.functional import compare_logprobs
-from lightning_rlhf.generation.prefill import shared_prefill
+from lightning_rlhf.generation.prefill import SPARE, SpareLayer, sampling_cache
 from lightning_rlhf.models.memory import GRADIENTS
 from lightning_rlhf.models.modes import in_eval_mode
 
@@ -197,19 +197,22 @@ class Step:
             self.roles.ledger.mark(_tensors(cache), KV_CACHE)
             # Nothing follows the last token, so its keys and values are never computed.
             width = training.prompt + training.completion - 1
-            _grow(cache, width - 1)
-            self.roles.ledger.mark(_tensors(cache), KV_CACHE)
-            self._decode(cache, torch.zeros(prompts * each, 1, dtype=torch.long), width)
-            self.roles.ledger.mark(_tensors(cache), KV_CACHE)
+            # Whenever its memory grows, by so many tokens, what is kept is there twice, layer by layer.
+            for length in (width - SPARE, width - 1):
+                _grow(cache, length)
+                self.roles.ledger.mark(_tensors(cache), KV_CACHE)
+            if training.completion > 1:
+                self._decode(cache, torch.zeros(prompts * each, 1, dtype=torch.long), width)
+                self.roles.ledger.mark(_tensors(cache), KV_CACHE)
 
     def _prefill(self, prompts: int, each: int) -> DynamicCache:
         ids = torch.zeros(prompts, self.training.prompt, dtype=torch.long)
         policy = self.roles.policy
-        cache = shared_prefill(policy, ids, torch.ones_like(ids), each)
-        if cache is not None:
-            return cache
-        cache = DynamicCache(config=policy.config)
-        self._decode(cache, ids.repeat_interleave(each, 0), ids.shape[1])
+        cache = sampling_cache(policy, ids, torch.ones_like(ids), each)
+        if cache is None:
+            cache = DynamicCache(config=policy.config)
+        rest = ids.repeat_interleave(each, 0)[:, cache.get_seq_length() :]
+        self._decode(cache, rest, ids.shape[1])
         return cache
 
     def _decode(self, cache: DynamicCache, ids: Tensor, width: int) -> None:
@@ -223,9 +226,9 @@ class Step:
 def _grow(cache: DynamicCache, length: int) -> None:
     """Let a cache hold so many tokens."""
     for layer, keys, values in _entries(cache):
-        shape = (*keys.shape[:2], max(0, length - keys.shape[2]), keys.shape[3])
-        layer.keys = torch.cat([keys, keys.new_empty(shape)], dim=2)
-        layer.values = torch.cat([values, values.new_empty(shape)], dim=2)
+        missing = length - keys.shape[2]
+        if missing > 0:  # by what takes no memory of its own
+            layer.update(*(kept[:, :, :1].expand(-1, -1, missing, -1) for kept in (keys, values)))
 
 
 def _tensors(cache: DynamicCache) -> list[Tensor]:
@@ -234,5 +237,6 @@ def _tensors(cache: DynamicCache) -> list[Tensor]:
 
 def _entries(cache: DynamicCache) -> list[tuple[Any, Tensor, Tensor]]:
     """Layers that keep all keys and values, with theirs; one with a window keeps as many as it does anyway."""
-    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    whole = (DynamicLayer, SpareLayer)
+    layers = [x for x in cache.layers if isinstance(x, DynamicLayer) and type(x) in whole]
     return [(x, x.keys, x.values) for x in layers if x.keys is not None and x.values is not None]
