@@ -64,7 +64,8 @@ class RewardModel(Algorithm):
             al., 2024).
         aggregation: How the members' scores become one.
         token_head: Train a head beside each member's own that rewards single tokens, and draw the score to their sum;
-            it is not kept. Where single words decide, the score learns more from the same data.
+            checkpoints have it, what is exported has not. Where single words decide, the score learns more from the
+            same data. ``train/loss`` has its losses too, ``val/loss`` is of the score alone.
         odin: Train a length head beside each member's own, which takes what is only length and is not part of the
             scores: the ranking loss is of both heads' sum, everything that is logged, kept and exported of the
             member's own. Its correlations are over the completions of a micro-batch, so accumulation is not exact.
@@ -137,7 +138,8 @@ class RewardModel(Algorithm):
         """Load the policy and its heads, and shard them where the strategy does.
 
         Raises:
-            ValueError: If there are second heads to be sharded, whose losses need the weights outside of a forward.
+            ValueError: If there are second heads to be sharded: length heads need their weights outside of a forward,
+                and token heads were not tried.
         """
         super().configure_model()
         for name in ("odin", "token_head"):

@@ -45,8 +45,9 @@ class GoodhartMonitor(Callback):
 
     With ``rollouts``, later evaluations are of what the module samples for training anyway, each rollout before
     anything is learned from it: gold is asked about every sample, and nothing else is added. An evaluation then has the
-    rollouts since the one before, a prompt's samples as their mean, and no texts are kept. The start is still that of
-    the held-out prompts, so these should be of the same kind as those of training.
+    rollouts since the one before, of two prompts at least, a prompt's samples as their mean, and no texts are kept. It
+    says what the policy was when it sampled them: the checkpoint that is kept as best has learned from them since. The
+    start is still that of the held-out prompts, so these should be of the same kind as those of training.
 
     An alarm is :func:`~lightning_rlhf.functional.decline_test`: gold falls while the proxy rises, both by more than
     chance, over all looks of a run. Afterwards the test begins anew, with the evaluation that gave the alarm. Random
@@ -55,7 +56,8 @@ class GoodhartMonitor(Callback):
     Args:
         gold: What the proxy stands for: a rule, a larger or held-out reward model, a judge. It has models of its own:
             it is attached after the strategy has wrapped the policy.
-        proxy: What training maximises; by default the module's own reward.
+        proxy: What training maximises; by default the module's own reward. With ``rollouts`` that is its value as it
+            was then: where a shaper moves with what it has seen (``Normalized``), give the reward without it.
         every_n_steps: Optimizer steps between evaluations, at least.
         num_prompts: The first ones of the validation data, on all ranks together.
         max_new_tokens: Tokens of an answer at most.
@@ -160,14 +162,14 @@ class GoodhartMonitor(Callback):
         """Evaluate where enough steps were taken, and act on an alarm."""
         if self.rollouts:
             self._judge_rollout(trainer, pl_module)
-        if trainer.global_step - self.history[-1]["step"] < self.every_n_steps:
+        if trainer.global_step - self.history[-1]["step"] < self.every_n_steps or self._too_few():
             return
         values = self._evaluate(trainer, pl_module)
         pl_module.log_dict(values, logger=False, batch_size=1)  # for ModelCheckpoint and EarlyStopping
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate the policy as it ends."""
-        if trainer.global_step > self.history[-1]["step"]:
+        """Evaluate the policy as it ends, or the last rollouts."""
+        if trainer.global_step > self.history[-1]["step"] and not self._too_few():
             self._evaluate(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,9 +186,13 @@ class GoodhartMonitor(Callback):
         """Go on from a checkpoint."""
         self.history, self.alarms = list(state_dict["history"]), list(state_dict["alarms"])
         self.best, self._since = dict(state_dict["best"]), state_dict["since"]
-        self._pool = list(state_dict["pool"])
+        self._pool = list(state_dict.get("pool", []))  # checkpoints from before `rollouts` have none
 
     # --- an evaluation --------------------------------------------------------------------------------------------
+
+    def _too_few(self) -> bool:
+        """Whether the rollouts have a single prompt, which has no standard error."""
+        return self.rollouts and len(self._pool) < 2
 
     def _evaluate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *, at_start: bool = False
@@ -233,10 +239,10 @@ class GoodhartMonitor(Callback):
 
     def _remember(self, step: int, rows: list[dict[str, Any]]) -> None:
         ids = [row["row"] for row in rows]
-        if not self.rollouts and self.history and ids != self.history[0]["rows"]:
+        if not self.rollouts and self.history and ids != self.history[-1]["rows"]:
             raise ValueError(
                 "the held-out prompts are not those of the checkpoint's evaluations: resume with the same validation "
-                "data and num_prompts, or start a new run"
+                "data, num_prompts and rollouts, or start a new run"
             )
         columns = {name: [row[name] for row in rows] for name in COLUMNS}
         texts = {"completions": [row["completion"] for row in rows[: self.num_texts]]}

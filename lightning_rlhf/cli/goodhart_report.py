@@ -181,7 +181,9 @@ def markdown(runs: Sequence[Run]) -> str:
             f"{len(alarmed)} of {len(several)}",
             _cell([one.alarm_kl for one in alarmed]),
             _cell([one.alarm for one in alarmed]),
-            f"{sum(one.alarm >= one.best / 2 for one in alarmed)} of {len(alarmed)}" if alarmed else "",
+            f"{sum(one.alarm >= max(one.best, 0.0) / 2 for one in alarmed)} of {len(alarmed)}"
+            if alarmed
+            else "",
             f"{len(lost)} of {len(several)}",
             _cell(lost),
             _cell([one.end for one in found]),
@@ -193,7 +195,8 @@ def markdown(runs: Sequence[Run]) -> str:
     notes = (
         "± is half of a 95% interval over seeds (Student). The best evaluation of a run is chosen on half of the "
         "prompts and measured on the other half, as is the gold at the monitor's first alarm. By more than chance: by "
-        "more than the 95% interval of the run's own prompts. Gold is below its start where the difference is below 0 "
+        "more than the 95% interval of the run's own prompts. Half of the best or more: how many of the alarms came "
+        "while gold was at least half of that above its start. Gold is below its start where the difference is below 0 "
         "by more than its 95% interval, after the best evaluation."
     )
     return f"{table}\n\n{notes}\n"

@@ -253,8 +253,8 @@ class PackedBatch:
         )
         predictors = row_of_target * self.max_positions + self.position_ids[self.predictors]
         ends = torch.arange(row, device=device) * self.max_positions + self.position_ids[self.ends]
-        own = [(place, n) for place, n in enumerate(n for c in self.completion_lengths for n in c)]
-        row_of_token = torch.cat([torch.full((n,), place) for place, n in own]).to(device)
+        sizes = torch.tensor([n for c in self.completion_lengths for n in c])
+        row_of_token = torch.repeat_interleave(torch.arange(row), sizes).to(device)
         tokens = row_of_token * self.max_positions + self.position_ids[self.completions]
         return PaddedBatch(input_ids, mask, position_ids, predictors, ends, tokens)
 

@@ -104,7 +104,7 @@ def decline_test(
 ) -> DeclineTest:
     """Whether gold falls while the proxy rises, by more than chance, at the latest of several looks.
 
-    Gold falls where :func:`decline_statistic` exceeds the threshold; the proxy rises where its paired z between the
+    Gold falls where :func:`decline_statistic` exceeds the threshold; the proxy rises where its z between the
     same two blocks exceeds 1.645, the normal's 95% point. Where gold never declines, each difference of a later and
     an earlier block has a mean of at least 0, so constant gold is the worst case, and
     :func:`decline_threshold` bounds the probability of any alarm in a run.
@@ -125,7 +125,8 @@ def decline_test(
         Whether to raise an alarm, and both statistics.
 
     Raises:
-        ValueError: If shapes differ, there are fewer than two prompts or a value is not finite.
+        ValueError: If shapes or the numbers of evaluations differ, there are fewer than two prompts or a value is not
+            finite.
 
     Example:
         >>> noise = torch.tensor([0.0, 0.1, -0.1, 0.2])
@@ -142,6 +143,10 @@ def decline_test(
         statistic, blocks = decline_statistic(gold)
         rise = -_deviate(_falls(proxy, [blocks])).item() if all(blocks) else -math.inf
     else:
+        if len(gold) != len(proxy):
+            raise ValueError(
+                f"gold has {len(gold)} evaluations and proxy {len(proxy)}: give both of each evaluation"
+            )
         for one, other in zip(gold, proxy, strict=True):
             require_same_shape("gold", one, "proxy", other)
         statistic, blocks = decline_statistic_unpaired(list(gold))

@@ -253,6 +253,31 @@ def test_rollouts_between_evaluations_are_part_of_checkpoints(trainer, tokenizer
     assert run(tmp_path / "first.ckpt") == whole
 
 
+def test_a_single_prompt_is_judged_with_the_next_rollout(trainer, tokenizer, llama):
+    """One prompt has no spread. Where the last rollout has no more, it is left out."""
+    watch = monitor(rollouts=True, proxy=None, every_n_steps=1)
+    several = prompts()
+    one_each = DataLoader(range(5), batch_size=1, collate_fn=several.collate_fn)
+    trainer(callbacks=[watch], max_epochs=1).fit(ppo(llama, tokenizer), one_each, prompts(2))
+    assert [one["step"] for one in watch.history] == [0, 2, 4]
+    assert [len(one["rows"]) for one in watch.history[1:]] == [2, 2]
+
+
+def test_checkpoints_of_another_kind():
+    watch = monitor(rollouts=True)
+    state = watch.state_dict()
+    del state["pool"]  # as before there were rollouts
+    watch.load_state_dict(state)
+    assert watch.state_dict()["pool"] == []
+    row = {"kl": 0.0, "proxy": 1.0, "gold": 1.0, "prompt": "x", "completion": "y"}
+    for step, rows in enumerate(([1, 2], [7, 8, 9])):
+        watch._remember(step, [{"row": number, **row} for number in rows])
+    other = monitor()
+    other.load_state_dict(watch.state_dict())
+    with pytest.raises(ValueError, match="resume with the same validation data, num_prompts and rollouts"):
+        other._remember(2, [{"row": number, **row} for number in (1, 2)])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -323,6 +323,8 @@ def test_unpaired_is_welch():
     assert z.item() == pytest.approx(scipy.stats.norm.isf(p), abs=0.01)
     with pytest.raises(ValueError, match=r"an evaluation has shape \(1,\)"):
         RF.decline_statistic_unpaired([one, other[:1]])
+    with pytest.raises(ValueError, match="gold has 2 evaluations and proxy 1: give both of each evaluation"):
+        RF.decline_test([one, other], [one], threshold=3.0)
 
 
 # --- length-controlled win rate ---
