@@ -291,6 +291,8 @@ class GoodhartMonitor(Callback):
 
     def _keep_best(self, trainer: L.Trainer, folder: Path, *, at_start: bool) -> None:
         latest = self.history[-1]
+        if 2 * len(latest["gold"]) < max(len(one["gold"]) for one in self.history[1:] or self.history):
+            return  # what was left of the rollouts at the end: the luck of few prompts
         gold = sum(latest["gold"]) / len(latest["gold"])
         if self.best and gold <= self.best["gold"]:
             return

@@ -235,6 +235,16 @@ def test_rollouts_of_training_are_judged_and_nothing_else_is_sampled(trainer, to
             assert evaluation[name] == pytest.approx(expected[name], abs=1e-5)
 
 
+def test_the_few_prompts_that_are_left_at_the_end_are_not_kept_as_the_best(tmp_path):
+    watch = monitor(rollouts=True)
+    watch.history = [
+        {"step": step, "gold": gold} for step, gold in ((0, [0.0] * 6), (8, [1.0] * 8), (9, [9.0] * 2))
+    ]
+    watch.best = {"step": 8, "gold": 1.0, "path": "best"}
+    watch._keep_best(None, tmp_path, at_start=False)
+    assert watch.best["step"] == 8
+
+
 def test_rollouts_between_evaluations_are_part_of_checkpoints(trainer, tokenizer, llama_dir, tmp_path):
     class Save(Callback):
         def on_train_epoch_end(self, trainer, module):
