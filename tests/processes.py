@@ -62,11 +62,11 @@ def _work(rank, printed, world, port, threads, start_method, function, arguments
     function(*arguments)
 
 
-def run_module(*words, seconds):
+def run_module(*words, seconds, cwd=ROOT):
     """What ``python -m`` these words reports, under ``timeout -k``: a hang of two processes does not end on SIGTERM."""
     done = subprocess.run(
         ["timeout", "-k", "5", str(seconds), sys.executable, "-m", *map(str, words)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -34,6 +34,10 @@ _ALLOWED = {
     ("torch", "Size"),
     ("collections", "OrderedDict"),
 }
+_UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError),
+    *(pickle.UnpicklingError, dcp.CheckpointException),
+)
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -56,9 +60,7 @@ def read_sharded(path: Path, *, weights: bool = True) -> dict[str, Any]:
         names = {name for name, shape in content["shapes"].items() if shape is not None}
         state = _read(path, names) if weights else dict.fromkeys(content["shapes"])
         return {**content, "state_dict": {**state, **content["beside_parameters"]}}
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable sharded checkpoint: {str(error)[:200]}") from error
-    except (pickle.UnpicklingError, dcp.CheckpointException) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is not a readable sharded checkpoint: {str(error)[:200]}") from error
 
 

@@ -1,10 +1,6 @@
 """Overlays of strategies: that they are read, and a run that torchrun starts, as on several machines."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +10,8 @@ from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, run_module
+
 OVERLAYS = {
     "ddp": "DDPStrategy",
     "fsdp2": "ModelParallelStrategy",
@@ -60,17 +57,8 @@ def test_torchrun_starts_a_sharded_run_whose_checkpoint_is_exported(program, lla
     words = [word for name in names for word in ("--config", str(config(name)))]
     words += ["--model.policy.path", llama_dir, "--model.precompute_reference", "true"]
     words += ["--data.train", "data.jsonl", "--data.batch_size", "3", "--trainer.max_steps", "2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    # `timeout -k`: a hang between two processes does not end on SIGTERM.
-    done = subprocess.run(
-        ["timeout", "-k", "5", "300", *torchrun, "-m", "lightning_rlhf", "fit", *words],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_module(*torchrun, "-m", "lightning_rlhf", "fit", *words, seconds=300, cwd=tmp_path)
     (path,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
     saved = torch.load(path, weights_only=True)
     assert (saved["algorithm"], saved["global_step"], len(saved["random_states"])) == ("DPO", 2, 2)
