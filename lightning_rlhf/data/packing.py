@@ -253,8 +253,10 @@ class PackedBatch:
         )
         predictors = row_of_target * self.max_positions + self.position_ids[self.predictors]
         ends = torch.arange(row, device=device) * self.max_positions + self.position_ids[self.ends]
-        sizes = torch.tensor([n for c in self.completion_lengths for n in c])
-        row_of_token = torch.repeat_interleave(torch.arange(row), sizes).to(device)
+        sizes = [n for c in self.completion_lengths for n in c]
+        row_of_token = torch.repeat_interleave(
+            torch.arange(row, device=device), torch.tensor(sizes, device=device), output_size=sum(sizes)
+        )
         tokens = row_of_token * self.max_positions + self.position_ids[self.completions]
         return PaddedBatch(input_ids, mask, position_ids, predictors, ends, tokens)
 
