@@ -28,7 +28,7 @@ from lightning_rlhf.functional.overoptimization import Method
 from lightning_rlhf.generation import HFGenerator, Sampling
 from lightning_rlhf.metrics.goodhart import curve_of, fit_of, summary_of
 from lightning_rlhf.metrics.goodhart_plot import draw
-from lightning_rlhf.rewards import Reward
+from lightning_rlhf.rewards import Normalized, Reward
 
 OnAlarm = Literal["warn", "stop", "raise_kl"]
 COLUMNS = ("kl", "proxy", "gold")
@@ -57,7 +57,7 @@ class GoodhartMonitor(Callback):
         gold: What the proxy stands for: a rule, a larger or held-out reward model, a judge. It has models of its own:
             it is attached after the strategy has wrapped the policy.
         proxy: What training maximises; by default the module's own reward. With ``rollouts`` that is its value as it
-            was then: where a shaper moves with what it has seen (``Normalized``), give the reward without it.
+            was then, which a :class:`~lightning_rlhf.rewards.Normalized` would move: give the reward without it.
         every_n_steps: Optimizer steps between evaluations, at least.
         num_prompts: The first ones of the validation data, on all ranks together.
         max_new_tokens: Tokens of an answer at most.
@@ -145,6 +145,11 @@ class GoodhartMonitor(Callback):
                     f"{type(pl_module).__name__} has no reward of its own: give GoodhartMonitor a proxy"
                 )
             proxy = pl_module.reward
+            if self.rollouts and any(isinstance(part, Normalized) for part in proxy.modules()):
+                raise ValueError(
+                    "rollouts: true takes the rewards of training as they were, and Normalized keeps their mean where it "
+                    "is, so that no rise would be seen: give GoodhartMonitor the reward without it as its proxy"
+                )
         for reward in [self.gold] + ([] if self.proxy is None else [self.proxy]):
             reward.attach(policy, tokenizer)
             reward.to(pl_module.device)
@@ -180,13 +185,23 @@ class GoodhartMonitor(Callback):
             "best": self.best,
             "since": self._since,
             "pool": self._pool,
+            "rollouts": self.rollouts,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: If its evaluations are of the other kind.
+        """
+        if state_dict["rollouts"] != self.rollouts:
+            raise ValueError(
+                f"the checkpoint's evaluations were made with rollouts: {state_dict['rollouts']}, and now it is "
+                f"{self.rollouts}: resume with the same, or start a new run"
+            )
         self.history, self.alarms = list(state_dict["history"]), list(state_dict["alarms"])
         self.best, self._since = dict(state_dict["best"]), state_dict["since"]
-        self._pool = list(state_dict.get("pool", []))  # checkpoints from before `rollouts` have none
+        self._pool = list(state_dict["pool"])
 
     # --- an evaluation --------------------------------------------------------------------------------------------
 
@@ -242,7 +257,7 @@ class GoodhartMonitor(Callback):
         if not self.rollouts and self.history and ids != self.history[-1]["rows"]:
             raise ValueError(
                 "the held-out prompts are not those of the checkpoint's evaluations: resume with the same validation "
-                "data, num_prompts and rollouts, or start a new run"
+                "data and num_prompts, or start a new run"
             )
         columns = {name: [row[name] for row in rows] for name in COLUMNS}
         texts = {"completions": [row["completion"] for row in rows[: self.num_texts]]}

@@ -12,6 +12,7 @@ from typing import Any
 from lightning_rlhf.callbacks.goodhart import finite
 from lightning_rlhf.cli.generate import write_rows
 from lightning_rlhf.cli.goodhart_report import Run, draw, markdown, outcome, read_run
+from lightning_rlhf.cli.pipeline import PLACEHOLDER as NAMED
 from lightning_rlhf.cli.pipeline import Plain, Stage, TrainingStage, pipeline, with_texts
 from lightning_rlhf.cli.plain import run_function
 from lightning_rlhf.models.export import written_whole
@@ -62,6 +63,7 @@ def goodhart(
     settings: dict[str, Setting],
     sizes: Sizes = Sizes(),  # noqa: B008 - frozen
     jobs: int = 1,
+    only: list[str] | None = None,
 ) -> None:
     """Train policies on the sandbox at several KL coefficients, in several settings, and draw what comes of it.
 
@@ -78,7 +80,11 @@ def goodhart(
         settings: By name, in the order of the table.
         sizes: Of the sandboxes.
         jobs: Seeds at a time, each with its share of the processor.
+        only: The settings to train and draw now, and what they need; by default all.
     """
+    if unknown := set(only or ()) - set(settings):
+        raise ValueError(f"only names {min(unknown)!r}, which is no setting: known are {', '.join(settings)}")
+    settings = {name: setting for name, setting in settings.items() if only is None or name in only}
     if not seeds or not settings:
         raise ValueError("give at least one of seeds and of settings")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -117,7 +123,8 @@ def runs_of(
         for setting in settings
         for place, coef in enumerate(coefs_of(settings[setting], coefs))
     }
-    seeded = {name: seeded_stage(stage, seed) for name, stage in stages.items()}
+    needed = needed_by([run_stage(run, settings[name], seed, 0.0).overrides for name in settings], stages)
+    seeded = {name: seeded_stage(stage, seed) for name, stage in stages.items() if name in needed}
     pipeline({**seeded, **{name: stage for name, (_, _, stage) in planned.items()}}, output)
     return [
         read_run(setting, coef, seed, written_by_monitor(output / name))
@@ -151,6 +158,29 @@ def stage_name(setting: str, place: int) -> str:
         'worst_of_four_1'
     """
     return f"{re.sub(r'[^0-9A-Za-z]+', '_', setting).strip('_')}_{place}"
+
+
+def needed_by(values: list[Plain], stages: Mapping[str, Stage]) -> set[str]:
+    """The stages that plain values name, and those that these need in turn.
+
+    Example:
+        >>> reward = TrainingStage(["rm.yaml"], 1, {"model": "${sft}"})
+        >>> stages = {"sft": TrainingStage(["sft.yaml"], 1), "reward": reward, "odin": reward}
+        >>> sorted(needed_by([{"reward": ["${reward}", "${output}"]}], stages))
+        ['reward', 'sft']
+    """
+    found: set[str] = set()
+    with_texts(values, lambda text: found.update(NAMED.findall(text)))
+    found &= stages.keys()
+    for name in tuple(found):
+        earlier = dict(list(stages.items())[: list(stages).index(name)])
+        found |= needed_by([own_values(stages[name])], earlier)
+    return found
+
+
+def own_values(stage: Stage) -> dict[str, Plain]:
+    """What of a stage may hold placeholders."""
+    return stage.overrides if isinstance(stage, TrainingStage) else stage.label
 
 
 def run_stage(run: TrainingStage, setting: Setting, seed: int, coef: float) -> TrainingStage:

@@ -57,13 +57,14 @@ class Outcome(NamedTuple):
     """What one run came to.
 
     Attributes:
-        best: Gold gained over the start where it is best: chosen on the prompts of even places, measured on the others.
+        best: Gold gained over the start where it is best. An evaluation is chosen on the prompts of even places and
+            measured on the others, another the other way round: the mean of both.
         best_error: Its standard error.
-        best_kl: KL there, in nats.
-        missed: By how much another evaluation was better on the prompts of odd places, less what its 95% interval
-            allows for; 0 where the chosen one is within the interval of the best.
+        best_kl: KL there, in nats, likewise.
+        missed: By how much another evaluation was better where they were measured, less what its 95% interval allows
+            for; 0 where what was chosen is within the interval of the best.
         alarm_kl: KL at the monitor's first alarm; infinite where there was none.
-        alarm: Gold gained over the start there, on the prompts of odd places; nan where there was none.
+        alarm: Gold gained over the start there; nan where there was none.
         lost_kl: KL at the first evaluation, after the best, at which gold is below the start by more than its 95%
             interval; infinite where there is none.
         end: Gold gained over the start at the end.
@@ -84,6 +85,11 @@ class Outcome(NamedTuple):
     end_proxy: float
     end_kl: float
 
+    @property
+    def kept_until(self) -> float:
+        """KL up to which gold was not lost, as far as the run went."""
+        return self.lost_kl if math.isfinite(self.lost_kl) else self.end_kl
+
 
 def outcome(run: Run) -> Outcome:
     """What a run came to; see :class:`Outcome`.
@@ -94,27 +100,47 @@ def outcome(run: Run) -> Outcome:
         >>> outcome(Run("plain", 0.0, 0, kl, kl, gold))
         Outcome(best=2.0, best_error=0.0, best_kl=1.0, missed=0.0, alarm_kl=inf, alarm=nan, lost_kl=2.0, end=-9.0, ...)
     """
-    means, errors = means_and_errors(run.gold)
-    best = int(means_and_errors([row[0::2] for row in run.gold])[0].argmax())
-    others, other_errors = means_and_errors([row[1::2] for row in run.gold])
+    gains, errors = _gains(run.gold)
     kl = means_and_errors(run.kl)[0]
     proxy = means_and_errors(run.proxy)[0]
-    gains, gain_errors = means - means[0], (errors.square() + errors[0].square()).sqrt()
-    missed = (others - others[best]) - Z * (other_errors.square() + other_errors[best].square()).sqrt()
-    lost = (gains < -Z * gain_errors) & (torch.arange(len(gains)) > best)
+    halves = [_best_of_half(run.gold, half) for half in (0, 1)]
+    lost = (gains < -Z * errors) & (torch.arange(len(gains)) > int(gains.argmax()))
     return Outcome(
-        (others[best] - others[0]).item(),
-        (other_errors[best].square() + other_errors[0].square()).sqrt().item(),
-        kl[best].item(),
-        max(0.0, missed.max().item()),
+        sum(half.gain for half in halves) / 2,
+        math.hypot(*(half.error for half in halves)) / 2,
+        sum(kl[half.place].item() for half in halves) / 2,
+        max(half.missed for half in halves),
         math.inf if run.alarm is None else kl[run.alarm].item(),
-        math.nan if run.alarm is None else (others[run.alarm] - others[0]).item(),
+        math.nan if run.alarm is None else gains[run.alarm].item(),
         kl[int(lost.int().argmax())].item() if lost.any() else math.inf,
         gains[-1].item(),
-        gain_errors[-1].item(),
+        errors[-1].item(),
         (proxy[-1] - proxy[0]).item(),
         kl[-1].item(),
     )
+
+
+class _Best(NamedTuple):
+    place: int
+    gain: float
+    error: float
+    missed: float
+
+
+def _best_of_half(gold: Sequence[Tensor], half: int) -> _Best:
+    """The best evaluation by every second prompt, measured on those between."""
+    place = int(means_and_errors([row[half::2] for row in gold])[0].argmax())
+    others = [row[1 - half :: 2] for row in gold]
+    means, errors = means_and_errors(others)
+    gains, gain_errors = _gains(others)
+    missed = (means - means[place]) - Z * (errors.square() + errors[place].square()).sqrt()
+    return _Best(place, gains[place].item(), gain_errors[place].item(), max(0.0, missed.max().item()))
+
+
+def _gains(gold: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What each evaluation gained over the first, and its standard error."""
+    means, errors = means_and_errors(gold)
+    return means - means[0], (errors.square() + errors[0].square()).sqrt()
 
 
 def means_and_errors(evaluations: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -151,6 +177,7 @@ COLUMNS = (
     "seeds",
     "gold gained at its best",
     "by more than chance",
+    "more than the first row",
     "KL there (nats)",
     "alarms",
     "KL there (nats)",
@@ -158,6 +185,7 @@ COLUMNS = (
     "half of the best or more",
     "gold below its start",
     "KL there (nats)",
+    "later than the first row",
     "gold gained at the end",
     "proxy gained at the end",
     "KL at the end (nats)",
@@ -167,25 +195,31 @@ COLUMNS = (
 def markdown(runs: Sequence[Run]) -> str:
     """A table with a row a setting and coefficient, and what its numbers mean."""
     lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1))]
+    first: dict[int, Outcome] = {}
     for (setting, coef), several in grouped(runs).items():
-        found = [outcome(run) for run in several]
+        by_seed = {run.seed: outcome(run) for run in several}
+        found = list(by_seed.values())
+        first = first or by_seed
+        pairs = [(one, first[seed]) for seed, one in by_seed.items() if seed in first and first is not by_seed]
         lost = [one.lost_kl for one in found if math.isfinite(one.lost_kl)]
         alarmed = [one for one in found if math.isfinite(one.alarm_kl)]
+        kept = sum(one.alarm >= max(one.best, 0.0) / 2 for one in alarmed)
+        later = sum(one.kept_until > other.lost_kl for one, other in pairs)
         cells = [
-            setting,
+            setting.replace("|", r"\|"),
             f"{coef:g}",
             str(len(several)),
             _cell([one.best for one in found]),
-            f"{sum(one.best > Z * one.best_error for one in found)} of {len(several)}",
+            f"{sum(one.best > Z * one.best_error for one in found)} of {len(found)}",
+            _cell([one.best - other.best for one, other in pairs]),
             _cell([one.best_kl for one in found]),
-            f"{len(alarmed)} of {len(several)}",
+            f"{len(alarmed)} of {len(found)}",
             _cell([one.alarm_kl for one in alarmed]),
             _cell([one.alarm for one in alarmed]),
-            f"{sum(one.alarm >= max(one.best, 0.0) / 2 for one in alarmed)} of {len(alarmed)}"
-            if alarmed
-            else "",
-            f"{len(lost)} of {len(several)}",
+            f"{kept} of {len(alarmed)}" if alarmed else "",
+            f"{len(lost)} of {len(found)}",
             _cell(lost),
+            f"{later} of {len(pairs)}" if pairs else "",
             _cell([one.end for one in found]),
             _cell([one.end_proxy for one in found]),
             _cell([one.end_kl for one in found]),
@@ -194,10 +228,11 @@ def markdown(runs: Sequence[Run]) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     notes = (
         "± is half of a 95% interval over seeds (Student). The best evaluation of a run is chosen on half of the "
-        "prompts and measured on the other half, as is the gold at the monitor's first alarm. By more than chance: by "
-        "more than the 95% interval of the run's own prompts. Half of the best or more: how many of the alarms came "
-        "while gold was at least half of that above its start. Gold is below its start where the difference is below 0 "
-        "by more than its 95% interval, after the best evaluation."
+        "prompts and measured on the other half, and the other way round. By more than chance: by more than the 95% "
+        "interval of the run's own prompts. More than the first row: seed by seed. Half of the best or more: how many "
+        "of the first alarms came while gold was at least half of that above its start. Gold is below its start where "
+        "the difference is below 0 by more than its 95% interval, after the best evaluation; that is later than in the "
+        "first row where a run of the same seed fell at a larger KL, or went further without falling."
     )
     return f"{table}\n\n{notes}\n"
 

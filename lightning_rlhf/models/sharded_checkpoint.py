@@ -71,6 +71,8 @@ def _read(path: Path, names: set[str]) -> dict[str, Tensor]:
         for key, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, dcp.TensorStorageMetadata) and key.removeprefix(PREFIX) in names
     }
+    if missing := names - {key.removeprefix(PREFIX) for key in found}:
+        raise ValueError(f"its index lacks {len(missing)} of {len(names)} parameters, such as {min(missing)}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what is asked for
         dcp.load(found, storage_reader=reader, no_dist=True)

@@ -273,19 +273,18 @@ def test_a_single_prompt_is_judged_with_the_next_rollout(trainer, tokenizer, lla
     assert [len(one["rows"]) for one in watch.history[1:]] == [2, 2]
 
 
-def test_checkpoints_of_another_kind():
-    watch = monitor(rollouts=True)
-    state = watch.state_dict()
-    del state["pool"]  # as before there were rollouts
-    watch.load_state_dict(state)
-    assert watch.state_dict()["pool"] == []
+@pytest.mark.parametrize("kept", [True, False])
+def test_checkpoints_of_another_kind_are_refused(kept):
+    with pytest.raises(ValueError, match=rf"made with rollouts: {kept}, and now it is {not kept}: resume with"):
+        monitor(rollouts=not kept).load_state_dict(monitor(rollouts=kept).state_dict())
+
+
+def test_other_held_out_prompts_than_the_checkpoints_are_refused():
     row = {"kl": 0.0, "proxy": 1.0, "gold": 1.0, "prompt": "x", "completion": "y"}
-    for step, rows in enumerate(([1, 2], [7, 8, 9])):
-        watch._remember(step, [{"row": number, **row} for number in rows])
-    other = monitor()
-    other.load_state_dict(watch.state_dict())
-    with pytest.raises(ValueError, match="resume with the same validation data, num_prompts and rollouts"):
-        other._remember(2, [{"row": number, **row} for number in (1, 2)])
+    watch = monitor()
+    watch._remember(0, [{"row": number, **row} for number in (1, 2)])
+    with pytest.raises(ValueError, match="resume with the same validation data and num_prompts"):
+        watch._remember(1, [{"row": number, **row} for number in (1, 3)])
 
 
 @pytest.mark.parametrize(
@@ -317,6 +316,15 @@ def test_what_it_cannot_watch_is_refused(trainer, tokenizer, llama):
         fit(monitor(), DPO(llama, tokenizer), loader())
     with pytest.raises(ValueError, match="rollouts: true judges what a module samples for training, and DPO"):
         fit(monitor(rollouts=True), DPO(llama, tokenizer), loader(), loader())
+    normalised = PPO(
+        llama,
+        ShapedReward(FunctionReward(capitals), [Normalized()]),
+        tokenizer,
+        estimator=RLOO(),
+        sampling=Sampling(num_samples=2),
+    )
+    with pytest.raises(ValueError, match="give GoodhartMonitor the reward without it as its proxy"):
+        fit(monitor(rollouts=True, proxy=None), normalised, prompts(), prompts(2))
     with pytest.raises(ValueError, match="multiplies PPO's kl.coef, and DPO has none"):
         fit(monitor(on_alarm="raise_kl"), DPO(llama, tokenizer), loader(), loader())
     steered = PPO(

@@ -44,9 +44,8 @@ def experiment(tmp_path):
         "worst of three": kept["worst of three"],
         "labelled anew": kept["labelled anew"] | {"coefs": [0.0]},
     }
-    stages.pop("token")
-    stages.pop("odin")
-    stages.pop("informed")
+    settings["settings"]["ODIN"] = kept["ODIN"]
+    settings["only"] = ["plain", "worst of three", "labelled anew"]
     (tmp_path / "goodhart.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return tmp_path / "goodhart"
 
@@ -63,6 +62,7 @@ def test_runs_are_trained_measured_and_drawn(program, experiment, here):  # noqa
     ]
     assert all(row["end_kl"] > 0 for row in rows)
     assert "| worst of three | 0 | 1 |" in printed
+    assert not (experiment / "seed_3/odin").exists()  # only what is asked for needs it
     assert (experiment / "report/goodhart.png").read_bytes().startswith(b"\x89PNG")
     used = yaml.safe_load(next(experiment.glob("seed_3/worst_of_three_0/run/**/config.yaml")).read_text())
     assert used["seed_everything"] == used["model"]["init_args"]["seed"] == 3
@@ -72,6 +72,9 @@ def test_runs_are_trained_measured_and_drawn(program, experiment, here):  # noqa
     trained = len(here)
     assert program("goodhart", "--config", "goodhart.yaml")[0] == 0
     assert len(here) == trained  # everything was finished
+    code, _, error = program("goodhart", "--config", "goodhart.yaml", '--only=["odin"]')
+    assert code == 1
+    assert "only names 'odin', which is no setting: known are plain, worst of three, labelled anew, ODIN" in error
 
 
 def test_placeholders_and_names():

@@ -97,3 +97,12 @@ def test_what_is_broken_is_named(sharded, tmp_path):
     with pytest.raises(ValueError, match="not written to its end"):
         export_checkpoint(sharded, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_that_the_index_lacks_is_named(sharded, tmp_path):
+    index = pickle.loads((sharded / ".metadata").read_bytes())
+    name = max(key for key in index.state_dict_metadata if "lora_A" in key)
+    del index.state_dict_metadata[name]
+    (sharded / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ parameters, such as {name.removeprefix('state_dict.')}"):
+        export_checkpoint(sharded, tmp_path / "out")
