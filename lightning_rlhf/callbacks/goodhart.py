@@ -147,8 +147,8 @@ class GoodhartMonitor(Callback):
             proxy = pl_module.reward
             if self.rollouts and any(isinstance(part, Normalized) for part in proxy.modules()):
                 raise ValueError(
-                    "rollouts: true takes the rewards of training as they were, and Normalized keeps their mean where it "
-                    "is, so that no rise would be seen: give GoodhartMonitor the reward without it as its proxy"
+                    "rollouts: true takes the rewards of training as they were, and Normalized keeps their mean where "
+                    "it is, so that no rise would be seen: give GoodhartMonitor the reward without it as its proxy"
                 )
         for reward in [self.gold] + ([] if self.proxy is None else [self.proxy]):
             reward.attach(policy, tokenizer)

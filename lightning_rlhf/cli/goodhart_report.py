@@ -200,7 +200,9 @@ def markdown(runs: Sequence[Run]) -> str:
         by_seed = {run.seed: outcome(run) for run in several}
         found = list(by_seed.values())
         first = first or by_seed
-        pairs = [(one, first[seed]) for seed, one in by_seed.items() if seed in first and first is not by_seed]
+        pairs = [
+            (one, first[seed]) for seed, one in by_seed.items() if seed in first and first is not by_seed
+        ]
         lost = [one.lost_kl for one in found if math.isfinite(one.lost_kl)]
         alarmed = [one for one in found if math.isfinite(one.alarm_kl)]
         kept = sum(one.alarm >= max(one.best, 0.0) / 2 for one in alarmed)

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.algorithms import DPO, KTO, SFT, OnlineDPO, Optimization, RewardModel
+from lightning_rlhf.algorithms import DPO, KTO, SFT, OnlineDPO, Optimization, RewardModel, TokenHead
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import LoRA, Policy
@@ -26,7 +26,7 @@ def main(algorithm: str, model_dir: str, lora: str, world: int, output: str) -> 
         "DPO": DPO,
         "BCO": partial(DPO, objective=BCO(beta=1.0)),
         "KTO": KTO,
-        "RewardModel": partial(RewardModel, num_members=2, member_share=0.7),
+        "RewardModel": partial(RewardModel, num_members=2, member_share=0.7, token_head=TokenHead()),
         "OnlineDPO": partial(OnlineDPO, reward=Ids(), sampling=Sampling(max_new_tokens=6, num_samples=3)),
     }
     module = modules[algorithm](policy, optimization=settings)

@@ -1,4 +1,5 @@
-"""DPO watched by both monitors, in one process or as one process of two. Used by test_monitors_processes."""
+"""DPO watched by both monitors and OnlineDPO by its rollouts, in one process or as one of two: see
+test_monitors_processes."""
 
 import json
 from pathlib import Path
@@ -8,12 +9,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_rlhf.algorithms import DPO, Optimization
+from lightning_rlhf.algorithms import DPO, OnlineDPO, Optimization
 from lightning_rlhf.callbacks import ExactResume, GoodhartMonitor, HackingMonitor
 from lightning_rlhf.data.packing import pack
+from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import LoRA, Policy
 from lightning_rlhf.rewards import FunctionReward, RewardEnsemble
 from tests.algorithms.conftest import random_groups
+from tests.algorithms.test_online_dpo import prompts
 
 PROMPTS = 7  # no multiple of two: one rank has a prompt more
 
@@ -61,7 +64,36 @@ def train(model_dir: str, world: int, folder: Path, name: str, epochs: int, ckpt
     (folder / f"{name}.{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
+def online(model_dir: str, world: int, folder: Path) -> None:
+    """Two rollouts of eight prompts, judged as they are; the history is in ``folder``."""
+    L.seed_everything(0, verbose=False)
+    module = OnlineDPO(
+        Policy(model_dir, lora=LoRA(r=2, init="gaussian")),
+        reward=FunctionReward(long),
+        sampling=Sampling(max_new_tokens=5, num_samples=3),
+        optimization=Optimization(name="sgd", lr=0.2, schedule="constant"),
+    )
+    watch = GoodhartMonitor(
+        gold=FunctionReward(vowels), every_n_steps=1, num_prompts=PROMPTS, max_new_tokens=5, rollouts=True
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        max_epochs=2,
+        logger=CSVLogger(folder, name="online", version=0),
+        callbacks=[watch],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, prompts(8, 8 // world), prompts(8, 8 // world))
+    (folder / f"online.{trainer.global_rank}.json").write_text(json.dumps(watch.history))
+
+
 def main(model_dir: str, world: int, folder: Path) -> None:
-    """The whole run, and one that goes on from its first epoch."""
+    """The whole run, one that goes on from its first epoch, and one whose rollouts are judged."""
+    online(model_dir, world, folder)
     train(model_dir, world, folder, "whole", 2)
     train(model_dir, world, folder, "resumed", 2, folder / "whole_checkpoints" / "epoch=0.ckpt")

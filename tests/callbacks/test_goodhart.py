@@ -275,7 +275,9 @@ def test_a_single_prompt_is_judged_with_the_next_rollout(trainer, tokenizer, lla
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_checkpoints_of_another_kind_are_refused(kept):
-    with pytest.raises(ValueError, match=rf"made with rollouts: {kept}, and now it is {not kept}: resume with"):
+    with pytest.raises(
+        ValueError, match=rf"made with rollouts: {kept}, and now it is {not kept}: resume with"
+    ):
         monitor(rollouts=not kept).load_state_dict(monitor(rollouts=kept).state_dict())
 
 

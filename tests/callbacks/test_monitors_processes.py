@@ -55,3 +55,16 @@ def test_the_samples_are_the_same_and_every_rank_has_them_all(folders):
 def test_a_resumed_run_has_the_same_history_exactly(folders, world):
     whole, resumed = (kept(folders[world - 1], name) for name in ("whole", "resumed"))
     assert resumed == whole
+
+
+def test_rollouts_of_both_ranks_are_judged_together(folders):
+    one, *ranks = kept(folders[0], "online"), kept(folders[1], "online", 0), kept(folders[1], "online", 1)
+    assert ranks[0] == ranks[1]
+    assert [len(evaluation["rows"]) for evaluation in one] == [PROMPTS, 8, 8]
+    for ours, theirs in zip(ranks[0], one, strict=True):
+        mine, expected = (
+            sorted(zip(*(evaluation[name] for name in ("rows", "gold", "proxy", "kl")), strict=True))
+            for evaluation in (ours, theirs)
+        )
+        assert torch.allclose(torch.tensor(mine), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+    assert ranks[0][2]["gold"] != ranks[0][1]["gold"]  # something was learnt, or drawn, in between

@@ -74,7 +74,10 @@ def test_runs_are_trained_measured_and_drawn(program, experiment, here):  # noqa
     assert len(here) == trained  # everything was finished
     code, _, error = program("goodhart", "--config", "goodhart.yaml", '--only=["odin"]')
     assert code == 1
-    assert "only names 'odin', which is no setting: known are plain, worst of three, labelled anew, ODIN" in error
+    assert (
+        "only names 'odin', which is no setting: known are plain, worst of three, labelled anew, ODIN"
+        in error
+    )
 
 
 def test_placeholders_and_names():

@@ -52,7 +52,9 @@ def test_the_alarm_and_what_a_choice_misses():
     assert found.missed < 0.05
     assert math.isnan(outcome(run).alarm)
     apart = run.gold.clone()
-    apart[7, 0::2] += 9  # 10.12 on these prompts, and 1.12 on the others, which would have chosen 2.08 at s = 4
+    apart[7, 0::2] += (
+        9  # 10.12 on these prompts, and 1.12 on the others, which would have chosen 2.08 at s = 4
+    )
     found = outcome(replace(run, gold=apart))
     assert found.missed == pytest.approx(8.04 - 1.96 * 0.3 * 2**0.5 / 32**0.5, abs=0.25)
     assert found.best == pytest.approx((1.12 + 2.08) / 2, abs=0.25)
@@ -71,10 +73,13 @@ def test_table_and_picture(tmp_path):
     assert len(lines) == 2 + 4
     assert "| 3 of 3 |" in lines[2]
     assert "| 0 of 3 |" in lines[3]
-    later, more = (cells(lines)[0].index(name) for name in ("later than the first row", "more than the first row"))
+    later, more = (
+        cells(lines)[0].index(name) for name in ("later than the first row", "more than the first row")
+    )
     found = cells(lines[2:])
     assert found[2][0] == r"odd \| one"
-    assert [row[later] for row in found] == ["", "3 of 3", "0 of 3", "3 of 3"]  # what ends at 10 without a fall, after 9
+    # What does not fall ends at 10, later than 9.
+    assert [row[later] for row in found] == ["", "3 of 3", "0 of 3", "3 of 3"]
     assert found[0][more] == ""
     assert found[2][more] == "0.00 ± 0.00"
     assert float(found[1][more].split()[0]) == pytest.approx(10 - 2 - 2.08, abs=0.2)  # s − 0.02 s² at its end

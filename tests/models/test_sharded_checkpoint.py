@@ -104,5 +104,7 @@ def test_a_parameter_that_the_index_lacks_is_named(sharded, tmp_path):
     name = max(key for key in index.state_dict_metadata if "lora_A" in key)
     del index.state_dict_metadata[name]
     (sharded / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ parameters, such as {name.removeprefix('state_dict.')}"):
+    with pytest.raises(
+        ValueError, match=rf"lacks 1 of \d+ parameters, such as {name.removeprefix('state_dict.')}"
+    ):
         export_checkpoint(sharded, tmp_path / "out")

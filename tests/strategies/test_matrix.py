@@ -178,6 +178,7 @@ def test_one_process_resumes(cell, single, llama_dir, tmp_path):
         ("tensor", "tensor_parallel_size 2.*data_parallel_size: 2 and tensor_parallel_size: 1"),
         ("8bit", "optimization.name is 'adamw_8bit'.*use adamw"),
         ("odin", "odin does not train under FSDP2"),
+        ("token_head", "token_head does not train under FSDP2"),
         ("tokens", "update.micro_batch_tokens is 64.*Set it to null"),
         ("uneven", "a rank has 5 completions in this rollout and another 3.*drop_last: true"),
     ],

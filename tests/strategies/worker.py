@@ -27,6 +27,7 @@ from lightning_rlhf.algorithms import (
     Update,
 )
 from lightning_rlhf.algorithms.odin import ODIN
+from lightning_rlhf.algorithms.token_heads import TokenHead
 from lightning_rlhf.callbacks import ExactResume
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling, generate
@@ -177,6 +178,7 @@ def refusals(model_dir: str) -> dict[str, str]:
         "tensor": SFT(model_dir),
         "8bit": SFT(model_dir, optimization=Optimization(name="adamw_8bit")),
         "odin": RewardModel(model_dir, odin=ODIN()),
+        "token_head": RewardModel(model_dir, token_head=TokenHead()),
         "tokens": small(update=Update(micro_batch_tokens=64)),
         "uneven": small(update=Update(minibatch_size=4)),
     }
