@@ -1,11 +1,14 @@
 """The experiment of recipes/experiments/goodhart.yaml, cut down to a few steps, in this process."""
 
 import json
+from inspect import signature
 
 import pytest
 import yaml
 
-from lightning_rlhf.cli.goodhart import known, stage_name
+from lightning_rlhf.cli.goodhart import Setting, known, run_stage, seeded_stage, stage_name
+from lightning_rlhf.cli.label import label
+from lightning_rlhf.cli.pipeline import TrainingStage, filled
 from tests.cli.test_pipeline import here  # noqa: F401 - a fixture
 from tests.cli.test_recipes import RECIPES
 
@@ -78,6 +81,29 @@ def test_runs_are_trained_measured_and_drawn(program, experiment, here):  # noqa
         "only names 'odin', which is no setting: known are plain, worst of three, labelled anew, ODIN"
         in error
     )
+
+
+RECIPE = yaml.safe_load((RECIPES / "experiments/goodhart.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", [*RECIPE["stages"], *RECIPE["settings"]])
+def test_all_of_the_recipe_is_what_fit_understands(name, program, tmp_path):
+    stages = {key: TrainingStage(**one) for key, one in RECIPE["stages"].items() if "config" in one}
+    run = TrainingStage(**RECIPE["run"])
+    made = {key: f"out/{key}" for key in ("output", *RECIPE["stages"])}
+    if name == "labels":
+        assert RECIPE["stages"][name]["label"].keys() <= signature(label).parameters.keys()
+        return
+    if name in stages:
+        stage = seeded_stage(stages[name], 3)
+    else:
+        stage = run_stage(run, Setting(**RECIPE["settings"][name]), 3, 0.1)
+    overrides = filled(stage.overrides, made, name)
+    (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    words = ("fit", "--config", ROOT / stage.config[0], "--config", "overrides.yaml", "--print_config")
+    code, printed, error = program(*words)
+    assert code == 0, error[-2000:]
+    assert yaml.safe_load(printed)["seed_everything"] == 3
 
 
 def test_placeholders_and_names():
