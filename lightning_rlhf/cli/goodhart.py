@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,16 @@ from lightning_rlhf.callbacks.goodhart import finite
 from lightning_rlhf.cli.generate import write_rows
 from lightning_rlhf.cli.goodhart_report import Run, draw, markdown, outcome, read_run
 from lightning_rlhf.cli.pipeline import PLACEHOLDER as NAMED
-from lightning_rlhf.cli.pipeline import Plain, Stage, TrainingStage, pipeline, with_texts
+from lightning_rlhf.cli.pipeline import (
+    Plain,
+    Stage,
+    TrainingStage,
+    begin_anew,
+    finish,
+    pipeline,
+    plan_of,
+    with_texts,
+)
 from lightning_rlhf.cli.plain import run_function
 from lightning_rlhf.models.export import written_whole
 from lightning_rlhf.sandbox.annotator import Annotator
@@ -79,7 +88,7 @@ def goodhart(
         run: The training of a policy, with a GoodhartMonitor; what it makes does not matter, what is measured does.
         settings: By name, in the order of the table.
         sizes: Of the sandboxes.
-        jobs: Seeds at a time, each with its share of the processor.
+        jobs: Trainings at a time, each with its share of the processor.
         only: The settings to train and draw now, and what they need; by default all.
     """
     if unknown := set(only or ()) - set(settings):
@@ -88,48 +97,71 @@ def goodhart(
     if not seeds or not settings:
         raise ValueError("give at least one of seeds and of settings")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    trainings = [Policies(seed, coefs, stages, run, settings, output / f"seed_{seed}") for seed in seeds]
     with ThreadPoolExecutor(jobs) as pool:
-        several = list(
-            pool.map(
-                lambda seed: runs_of(seed, coefs, stages, run, settings, sizes, output / f"seed_{seed}"),
-                seeds,
-            )
-        )
+        # In this order nothing that a training waits for is behind it.
+        ready = [pool.submit(one.prepare, sizes) for one in trainings]
+        waits = [
+            pool.submit(one.train, name, ready[place])
+            for place, one in enumerate(trainings)
+            for name in one.planned
+        ]
+        runs = [wait.result() for wait in waits]
     order = list(settings)
-    runs = sorted(
-        (one for found in several for one in found),
-        key=lambda one: (order.index(one.setting), one.coef, one.seed),
-    )
+    runs = sorted(runs, key=lambda one: (order.index(one.setting), one.coef, one.seed))
     with written_whole(output / "report", overwrite=True) as folder:
         write(runs, folder)
     print(f"wrote {output / 'report'}\n\n{markdown(runs)}")
 
 
-def runs_of(
-    seed: int,
-    coefs: list[float],
-    stages: Mapping[str, Stage],
-    run: TrainingStage,
-    settings: Mapping[str, Setting],
-    sizes: Sizes,
-    output: Path,
-) -> list[Run]:
-    """Train all of a seed, or what is left of it, and read what its monitors wrote."""
-    if not (output / "sandbox").is_dir():
-        with written_whole(output / "sandbox") as folder:
-            write_sandbox(folder, seed, sizes)
-    planned = {
-        stage_name(setting, place): (setting, coef, run_stage(run, settings[setting], seed, coef))
-        for setting in settings
-        for place, coef in enumerate(coefs_of(settings[setting], coefs))
-    }
-    needed = needed_by([run_stage(run, settings[name], seed, 0.0).overrides for name in settings], stages)
-    seeded = {name: seeded_stage(stage, seed) for name, stage in stages.items() if name in needed}
-    pipeline({**seeded, **{name: stage for name, (_, _, stage) in planned.items()}}, output)
-    return [
-        read_run(setting, coef, seed, written_by_monitor(output / name))
-        for name, (setting, coef, _) in planned.items()
-    ]
+class Policies:
+    """What is trained of one seed.
+
+    Args:
+        seed: Of all of it.
+        coefs: KL coefficients, where a setting has none.
+        stages: What the experiment needs first; of these only what the settings name.
+        run: The training of a policy.
+        settings: By name.
+        output: The seed's folder.
+
+    Attributes:
+        planned: Setting, coefficient and training, by the name of its folder.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        coefs: list[float],
+        stages: Mapping[str, Stage],
+        run: TrainingStage,
+        settings: Mapping[str, Setting],
+        output: Path,
+    ) -> None:
+        self.seed, self.output = seed, output
+        self.planned = {
+            stage_name(name, place): (name, coef, run_stage(run, setting, seed, coef))
+            for name, setting in settings.items()
+            for place, coef in enumerate(coefs_of(setting, coefs))
+        }
+        needed = needed_by([stage.overrides for _, _, stage in self.planned.values()], stages)
+        self.stages = {name: seeded_stage(stage, seed) for name, stage in stages.items() if name in needed}
+
+    def prepare(self, sizes: Sizes) -> None:
+        """Make the sandbox and what all trainings need, or what is left of it."""
+        if not (self.output / "sandbox").is_dir():
+            with written_whole(self.output / "sandbox") as folder:
+                write_sandbox(folder, self.seed, sizes)
+        pipeline(dict(self.stages), self.output)
+
+    def train(self, name: str, ready: Future[None]) -> Run:
+        """Train one policy when all it needs is ready, and read what its monitor wrote."""
+        ready.result()
+        setting, coef, stage = self.planned[name]
+        plan = plan_of(name, {**self.stages, name: stage}, self.output)
+        begin_anew({name: plan}, self.output, overwrite=False)
+        finish(name, stage, plan, self.output / name)
+        return read_run(setting, coef, self.seed, written_by_monitor(self.output / name))
 
 
 def write_sandbox(folder: Path, seed: int, sizes: Sizes) -> None:

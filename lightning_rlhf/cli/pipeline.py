@@ -124,19 +124,24 @@ def pipeline(stages: dict[str, Stage], output: Path, overwrite: bool = False) ->
     begin_anew(plans, output, overwrite=overwrite)
     for name, plan in plans.items():
         stage, folder = stages[name], output / name
-        artefact = folder / stage.artefact
-        if artefact.exists():
-            print(f"{name}: done already ({artefact})")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "stage.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
-            stage.run(name, folder, plan)
-        if isinstance(stage, LabellingStage) and (waiting := unranked(artefact)):
+        finish(name, stage, plan, folder)
+        if isinstance(stage, LabellingStage) and (waiting := unranked(folder / stage.artefact)):
             print(
-                f"{name}: {waiting} rows of {artefact} wait for people: fill in their ranks, and give the same command "
-                "again"
+                f"{name}: {waiting} rows of {folder / stage.artefact} wait for people: fill in their ranks, and give "
+                "the same command again"
             )
             return
+
+
+def finish(name: str, stage: Stage, plan: Mapping[str, Any], folder: Path) -> None:
+    """Run a stage, or what is left of it; nothing where it is finished."""
+    artefact = folder / stage.artefact
+    if artefact.exists():
+        print(f"{name}: done already ({artefact})")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stage.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    stage.run(name, folder, plan)
 
 
 def plan_of(name: str, stages: Mapping[str, Stage], output: Path) -> dict[str, Any]:
