@@ -21,7 +21,7 @@ from lightning_rlhf.functional import TokenComparison
 from lightning_rlhf.generation import Generator, HFGenerator, Sampling
 from lightning_rlhf.models import Policy
 from lightning_rlhf.models.settings import from_plain
-from lightning_rlhf.rewards import Reward, Samples, score
+from lightning_rlhf.rewards import Reward, RewardResult, Samples, score
 
 KL, K1, K3 = "objective/kl", "objective/kl_k1", "objective/kl_k3"
 GREEDY = "objective/scores_greedy"
@@ -127,11 +127,11 @@ class Online(Referenced):
         self._generated = time.perf_counter() - self._began
         return rollout
 
-    def score(self, stage: str, samples: Samples) -> Tensor:
-        """Rewards of samples, ``(N,)``; the parts of the reward are recorded under their names."""
+    def score(self, stage: str, samples: Samples) -> RewardResult:
+        """Rewards of samples, ``(N,)``, on the module's device; the parts are recorded under their names."""
         found = score(self.reward, samples)
         self.record_values(stage, {f"rewards/{name}": part for name, part in found.parts.items()})
-        return found.total.to(self.device)
+        return replace(found, total=found.total.to(self.device))
 
     def compare(self, hidden: Tensor, batch: PackedBatch) -> TokenComparison:
         """Policy and reference at every token; that they agree at step 0 is asserted."""
@@ -175,15 +175,15 @@ class Online(Referenced):
         return found
 
     def record_rollout(
-        self, stage: str, rollout: Rollout, scores: Tensor, known: Mapping[str, Tensor]
+        self, stage: str, rollout: Rollout, rewards: RewardResult, known: Mapping[str, Tensor]
     ) -> Tensor:
         """Record what a rollout is measured by; returns KL(π‖π_ref) of each completion, ``(N,)``, in nats."""
-        lengths = torch.tensor(rollout.lengths, device=scores.device)
+        lengths = torch.tensor(rollout.lengths, device=self.device)
         k1 = RF.kl_k1(known["logprobs"], known["ref_logprobs"])
         k3 = RF.kl_k3(known["logprobs"], known["ref_logprobs"])
         kl, k1, k3 = (RF.sum_by_sequence(values, lengths) for values in (known["kl"], k1, k3))
         if stage == "train":
-            self.last_rollout = Scored(rollout, scores, kl)
+            self.last_rollout = Scored(rollout, rewards, kl)
         self.record_values(
             stage,
             {
@@ -191,7 +191,7 @@ class Online(Referenced):
                 K1: k1,
                 K3: k3,
                 "objective/entropy": known["entropy"],
-                "objective/scores": scores,
+                "objective/scores": rewards.total,
                 "completions/mean_length": lengths.float(),
                 "completions/clipped_ratio": torch.tensor(rollout.samples.truncated).float(),
             },
@@ -228,10 +228,10 @@ class Online(Referenced):
     def _evaluate(self, stage: str, batch: PromptBatch) -> None:
         sampled = self.sample(batch, replace(self.sampling, num_samples=1))
         greedy = self.sample(batch, replace(self.sampling, num_samples=1, temperature=0.0))
-        scores = self.score(stage, sampled.samples)
+        rewards = self.score(stage, sampled.samples)
         greedy_scores = score(self.reward, greedy.samples).total
         known = self.compare_all(sampled)
-        kl = self.record_rollout(stage, sampled, scores, known)
+        kl = self.record_rollout(stage, sampled, rewards, known)
         self.record_values(stage, {GREEDY: greedy_scores})
         for i, prompt in enumerate(sampled.samples.prompts):
             self.last_validation.append(
@@ -239,7 +239,7 @@ class Online(Referenced):
                     "row": batch.row_ids[i],
                     "prompt": prompt,
                     "completion": sampled.samples.completions[i],
-                    "score": scores[i].item(),
+                    "score": rewards.total[i].item(),
                     "kl": kl[i].item(),
                     "greedy": greedy.samples.completions[i],
                     "greedy_score": greedy_scores[i].item(),

@@ -124,10 +124,10 @@ class OnlineDPO(Online):
         """Sample, score, pair, and return the summed loss of the pairs; see :meth:`Algorithm.step_mean`."""
         self.update_reference()
         rollout = self.sample(batch)
-        scores = self.score("train", rollout.samples)
+        rewards = self.score("train", rollout.samples)
         known = self.compare_all(rollout)
-        self.record_rollout("train", rollout, scores, known)
-        chosen = self.best_and_worst(scores)
+        self.record_rollout("train", rollout, rewards, known)
+        chosen = self.best_and_worst(rewards.total)
         # A backward has to run on every rank, whatever this one has to learn from: a batch of ties has one dummy pair.
         pairs = rollout.select(chosen or [0, 1], {"ref_logprobs": known["ref_logprobs"]})
         losses = self.pair_losses(Micro(pairs.batch.to(self.device), pairs.tokens), counted=bool(chosen))

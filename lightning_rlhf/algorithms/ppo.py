@@ -149,10 +149,10 @@ class PPO(Online):
         text = self.text_of(batch)
         require_equal_passes(self.trainer, len(rollout), self.update, sharded=self.device_mesh is not None)
         self.rollout_size = len(rollout)
-        scores = self.score("train", rollout.samples)
+        rewards = self.score("train", rollout.samples)
         known = self.evaluate(rollout)
-        estimate = self.estimate(rollout, scores, known)
-        kl = self.record_rollout("train", rollout, scores, known)
+        estimate = self.estimate(rollout, rewards.total, known)
+        kl = self.record_rollout("train", rollout, rewards, known)
         for epoch in range(self.update.num_epochs):
             moved = self.optimise(rollout, known, estimate, epoch, text)
             if self.update.max_approx_kl is not None and moved > self.update.max_approx_kl:

@@ -138,15 +138,13 @@ class RewardModel(Algorithm):
         """Load the policy and its heads, and shard them where the strategy does.
 
         Raises:
-            ValueError: If there are second heads to be sharded: length heads need their weights outside of a forward,
-                and token heads were not tried.
+            ValueError: If there are length heads to be sharded: they need their weights outside of a forward.
         """
         super().configure_model()
-        for name in ("odin", "token_head"):
-            if self.device_mesh is not None and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} does not train under FSDP2 (ModelParallelStrategy): use DDP, or leave {name} out"
-                )
+        if self.device_mesh is not None and self.odin is not None:
+            raise ValueError(
+                "odin does not train under FSDP2 (ModelParallelStrategy): use DDP, or leave odin out"
+            )
 
     # --- members --------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch, PromptGroup, pack
 from lightning_rlhf.generation import Completion, Generator, Sampling
 from lightning_rlhf.models import LanguageModel
-from lightning_rlhf.rewards import Samples
+from lightning_rlhf.rewards import RewardResult, Samples
 
 
 class Micro(NamedTuple):
@@ -101,10 +101,10 @@ class Rollout:
 
 
 class Scored(NamedTuple):
-    """A rollout of training, and what was known of its completions: the reward and the KL in nats, each ``(N,)``."""
+    """A rollout of training, and what was known of its completions: rewards and the KL in nats, each ``(N,)``."""
 
     rollout: Rollout
-    scores: Tensor
+    rewards: RewardResult
     kl: Tensor
 
 

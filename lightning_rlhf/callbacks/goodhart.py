@@ -56,8 +56,11 @@ class GoodhartMonitor(Callback):
     Args:
         gold: What the proxy stands for: a rule, a larger or held-out reward model, a judge. It has models of its own:
             it is attached after the strategy has wrapped the policy.
-        proxy: What training maximises; by default the module's own reward. With ``rollouts`` that is its value as it
-            was then, which a :class:`~lightning_rlhf.rewards.Normalized` would move: give the reward without it.
+        proxy: What training maximises: a reward, or the name that a part of the module's own is logged under, which
+            costs nothing more; by default the whole of the module's own. With ``rollouts`` its own is taken as it was
+            then. What moves along the run does not compare: of a reward with
+            :class:`~lightning_rlhf.rewards.Normalized` (refused) or with multipliers
+            (:class:`~lightning_rlhf.rewards.ConstrainedReward`), give a part.
         every_n_steps: Optimizer steps between evaluations, at least.
         num_prompts: The first ones of the validation data, on all ranks together.
         max_new_tokens: Tokens of an answer at most.
@@ -74,13 +77,13 @@ class GoodhartMonitor(Callback):
 
     Raises:
         ValueError: If an argument is out of range; at the start, if the module has no reference, there is no
-            validation data, or ``on_alarm`` or ``rollouts`` does not fit the module.
+            validation data, or ``on_alarm``, ``rollouts`` or the reward does not fit.
     """
 
     def __init__(
         self,
         gold: Reward,
-        proxy: Reward | None = None,
+        proxy: Reward | str | None = None,
         every_n_steps: int = 50,
         num_prompts: int = 128,
         max_new_tokens: int = 128,
@@ -139,21 +142,13 @@ class GoodhartMonitor(Callback):
                 "nothing: leave it out"
             )
         proxy = self.proxy
-        if proxy is None:
-            if not isinstance(pl_module, Online):
-                raise ValueError(
-                    f"{type(pl_module).__name__} has no reward of its own: give GoodhartMonitor a proxy"
-                )
-            proxy = pl_module.reward
-            if self.rollouts and any(isinstance(part, Normalized) for part in proxy.modules()):
-                raise ValueError(
-                    "rollouts: true takes the rewards of training as they were, and Normalized keeps their mean where "
-                    "it is, so that no rise would be seen: give GoodhartMonitor the reward without it as its proxy"
-                )
-        for reward in [self.gold] + ([] if self.proxy is None else [self.proxy]):
+        if not isinstance(proxy, Reward):
+            proxy = reward_of(pl_module, proxy)
+        for reward in [self.gold] + ([proxy] if proxy is self.proxy else []):
             reward.attach(policy, tokenizer)
             reward.to(pl_module.device)
-        self._judges = Judges(proxy, self.gold, HFGenerator(), self.sampling)
+        part = self.proxy if isinstance(self.proxy, str) else None
+        self._judges = Judges(proxy, part, self.gold, HFGenerator(), self.sampling)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the prompts, and sample the starting policy unless a checkpoint did."""
@@ -332,6 +327,27 @@ class GoodhartMonitor(Callback):
         figure, _ = draw(curve, fit_of(curve, self.method))
         assert figure is not None
         figure.savefig(folder / "goodhart.png", dpi=120)
+
+
+def reward_of(module: L.LightningModule, part: str | None) -> Reward:
+    """The reward that a module trains on.
+
+    Raises:
+        ValueError: If it has none, or none with such a part, or one whose whole does not compare along the run.
+    """
+    if not isinstance(module, Online):
+        raise ValueError(f"{type(module).__name__} has no reward of its own: give GoodhartMonitor a proxy")
+    if part is None and any(isinstance(one, Normalized) for one in module.reward.modules()):
+        raise ValueError(
+            "Normalized changes with what it has seen, so that evaluations do not compare: give GoodhartMonitor the "
+            f"part without it as its proxy, one of {', '.join(module.reward.part_names)}"
+        )
+    if part is not None and part not in module.reward.part_names:
+        raise ValueError(
+            f"proxy {part!r} is no part of the module's reward: give a reward, or one of "
+            f"{', '.join(module.reward.part_names)}"
+        )
+    return module.reward
 
 
 def require_raisable(module: L.LightningModule) -> None:

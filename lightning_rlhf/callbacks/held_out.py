@@ -110,12 +110,14 @@ class Judges:
 
     Attributes:
         proxy: The reward that training maximises.
+        part: The name of the part of it that is meant; None for the whole.
         gold: The reward that it stands for.
         generator: What samples.
         sampling: How.
     """
 
     proxy: Reward
+    part: str | None
     gold: Reward
     generator: Generator
     sampling: Sampling
@@ -152,32 +154,37 @@ class Judges:
         else:
             rollout = sample_rollout(prompts, self.generator, policy, tokenizer, self.sampling, seeds)
             kl = sampled_kl(rollout, policy, reference, self.sampling)
-        proxy, gold = (judged(judge, rollout.samples).tolist() for judge in (self.proxy, self.gold))
+        proxy = judged(self.proxy, rollout.samples, self.part).tolist()
+        gold = judged(self.gold, rollout.samples).tolist()
         names = ("row", "prompt", "completion", "kl", "proxy", "gold")
         columns = (prompts.row_ids, prompts.prompts, rollout.samples.completions, kl.tolist(), proxy, gold)
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 @torch.no_grad()
-def judged(reward: Reward, samples: Samples) -> Tensor:
+def judged(reward: Reward, samples: Samples, part: str | None = None) -> Tensor:
     """Rewards of samples, ``(N,)``, with nothing counted in: statistics and multipliers are those of training."""
     with in_eval_mode(reward):
-        return score(reward, samples).total
+        found = score(reward, samples)
+    return found.total if part is None else found.parts[part]
 
 
-def rows_of_training(scored: Scored, proxy: Reward | None, gold: Reward) -> list[dict[str, Any]]:
+def rows_of_training(scored: Scored, proxy: Reward | str | None, gold: Reward) -> list[dict[str, Any]]:
     """What a rollout of training says of each of its prompts, as means over the prompt's completions.
 
     Args:
         scored: The rollout.
-        proxy: None for the reward that training maximised, as it was then.
+        proxy: None for the reward that training maximised, a name for a part of it, both as they were then.
         gold: What the proxy stands for.
 
     Returns:
         ``row``, ``kl`` in nats, ``proxy`` and ``gold`` of each prompt.
     """
     rollout = scored.rollout
-    of_proxy = scored.scores if proxy is None else judged(proxy, rollout.samples)
+    if isinstance(proxy, Reward):
+        of_proxy = judged(proxy, rollout.samples)
+    else:
+        of_proxy = scored.rewards.total if proxy is None else scored.rewards.parts[proxy]
     counts = [len(group.completions) for group in rollout.groups]
     kl, proxies, golds = (
         [part.mean().item() for part in values.double().cpu().split(counts)]

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from typing import Any
 from lightning_rlhf.callbacks.goodhart import finite
 from lightning_rlhf.cli.generate import write_rows
 from lightning_rlhf.cli.goodhart_report import Run, draw, markdown, outcome, read_run
-from lightning_rlhf.cli.pipeline import PLACEHOLDER as NAMED
 from lightning_rlhf.cli.pipeline import (
+    PLACEHOLDER,
+    LabellingStage,
     Plain,
     Stage,
     TrainingStage,
     begin_anew,
     finish,
-    pipeline,
     plan_of,
     with_texts,
 )
@@ -30,7 +30,7 @@ from lightning_rlhf.sandbox.create import create_sandbox
 from lightning_rlhf.sandbox.world import World
 
 RANKED = "rankings_train.jsonl"
-PLACEHOLDER = re.compile(r"\$\{(seed|coef)\}")
+OF_RUN = re.compile(r"\$\{(seed|coef)\}")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def goodhart(
         raise ValueError("give at least one of seeds and of settings")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     trainings = [Policies(seed, coefs, stages, run, settings, output / f"seed_{seed}") for seed in seeds]
+    for one in trainings:  # what cannot be is found before anything is trained
+        begin_anew(one.plans, one.output, overwrite=False)
     with ThreadPoolExecutor(jobs) as pool:
         # In this order nothing that a training waits for is behind it.
         ready = [pool.submit(one.prepare, sizes) for one in trainings]
@@ -106,7 +108,11 @@ def goodhart(
             for place, one in enumerate(trainings)
             for name in one.planned
         ]
-        runs = [wait.result() for wait in waits]
+        try:
+            runs = [done.result() for done in as_completed(waits)]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     order = list(settings)
     runs = sorted(runs, key=lambda one: (order.index(one.setting), one.coef, one.seed))
     with written_whole(output / "report", overwrite=True) as folder:
@@ -127,6 +133,11 @@ class Policies:
 
     Attributes:
         planned: Setting, coefficient and training, by the name of its folder.
+        plans: All that each stage and training depends on.
+
+    Raises:
+        ValueError: If a placeholder names nothing, or a labelling stage has no judge.
+        FileNotFoundError: If a recipe is missing.
     """
 
     def __init__(
@@ -146,21 +157,26 @@ class Policies:
         }
         needed = needed_by([stage.overrides for _, _, stage in self.planned.values()], stages)
         self.stages = {name: seeded_stage(stage, seed) for name, stage in stages.items() if name in needed}
+        for name, stage in self.stages.items():
+            if isinstance(stage, LabellingStage) and stage.label.get("judge") is None:
+                raise ValueError(f"stage {name} has no judge: an experiment does not wait for people")
+        after = {name: stage for name, (_, _, stage) in self.planned.items()}
+        everything = {**self.stages, **after}
+        self.plans = {name: plan_of(name, everything, output) for name in everything}
 
     def prepare(self, sizes: Sizes) -> None:
         """Make the sandbox and what all trainings need, or what is left of it."""
         if not (self.output / "sandbox").is_dir():
             with written_whole(self.output / "sandbox") as folder:
                 write_sandbox(folder, self.seed, sizes)
-        pipeline(dict(self.stages), self.output)
+        for name, stage in self.stages.items():
+            finish(name, stage, self.plans[name], self.output / name)
 
     def train(self, name: str, ready: Future[None]) -> Run:
         """Train one policy when all it needs is ready, and read what its monitor wrote."""
         ready.result()
         setting, coef, stage = self.planned[name]
-        plan = plan_of(name, {**self.stages, name: stage}, self.output)
-        begin_anew({name: plan}, self.output, overwrite=False)
-        finish(name, stage, plan, self.output / name)
+        finish(name, stage, self.plans[name], self.output / name)
         return read_run(setting, coef, self.seed, written_by_monitor(self.output / name))
 
 
@@ -192,7 +208,7 @@ def stage_name(setting: str, place: int) -> str:
     return f"{re.sub(r'[^0-9A-Za-z]+', '_', setting).strip('_')}_{place}"
 
 
-def needed_by(values: list[Plain], stages: Mapping[str, Stage]) -> set[str]:
+def needed_by(values: Plain, stages: Mapping[str, Stage]) -> set[str]:
     """The stages that plain values name, and those that these need in turn.
 
     Example:
@@ -201,13 +217,11 @@ def needed_by(values: list[Plain], stages: Mapping[str, Stage]) -> set[str]:
         >>> sorted(needed_by([{"reward": ["${reward}", "${output}"]}], stages))
         ['reward', 'sft']
     """
-    found: set[str] = set()
-    with_texts(values, lambda text: found.update(NAMED.findall(text)))
-    found &= stages.keys()
-    for name in tuple(found):
-        earlier = dict(list(stages.items())[: list(stages).index(name)])
-        found |= needed_by([own_values(stages[name])], earlier)
-    return found
+    found = set(PLACEHOLDER.findall(json.dumps(values)))
+    for name, stage in reversed([*stages.items()]):
+        if name in found:
+            found |= set(PLACEHOLDER.findall(json.dumps(own_values(stage))))
+    return found & stages.keys()
 
 
 def own_values(stage: Stage) -> dict[str, Plain]:
@@ -237,10 +251,10 @@ def known(value: Any, numbers: Mapping[str, float]) -> Any:  # noqa: ANN401 - an
     """
 
     def fill(text: str) -> str | float:
-        whole = PLACEHOLDER.fullmatch(text)
+        whole = OF_RUN.fullmatch(text)
         if whole and whole[1] in numbers:
             return numbers[whole[1]]
-        return PLACEHOLDER.sub(lambda found: str(numbers.get(found[1], found[0])), text)
+        return OF_RUN.sub(lambda found: str(numbers.get(found[1], found[0])), text)
 
     return with_texts(value, fill)
 

@@ -1,5 +1,6 @@
 """What runs that were watched by GoodhartMonitor show together: a table, and two panels."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Color = tuple[float, float, float]
 Z = 1.96
 
 
@@ -43,14 +45,20 @@ class Run:
 
 
 def read_run(setting: str, coef: float, seed: int, folder: Path) -> Run:
-    """A run from what its monitor wrote: ``evaluations.json`` and ``goodhart.json`` in a folder."""
+    """A run from what its monitor wrote: ``evaluations.json`` and ``goodhart.json`` in a folder.
+
+    An evaluation of less than half as many prompts as another is what was left of the rollouts at the end, and is left
+    out, as the monitor leaves it out where it looks for the best.
+    """
     history = json.loads((folder / "evaluations.json").read_text())
     alarms = json.loads((folder / "goodhart.json").read_text())["alarms"]
-    steps = [one["step"] for one in history]
+    most = max(len(one["gold"]) for one in history[1:] or history)
+    history = [history[0], *(one for one in history[1:] if 2 * len(one["gold"]) >= most)]
     kl, proxy, gold = (
         [torch.tensor(one[name], dtype=torch.float64) for one in history] for name in ("kl", "proxy", "gold")
     )
-    return Run(setting, coef, seed, kl, proxy, gold, steps.index(alarms[0]) if alarms else None)
+    places = [place for place, one in enumerate(history) if one["step"] in alarms]
+    return Run(setting, coef, seed, kl, proxy, gold, places[0] if places else None)
 
 
 class Outcome(NamedTuple):
@@ -65,8 +73,8 @@ class Outcome(NamedTuple):
             for; 0 where what was chosen is within the interval of the best.
         alarm_kl: KL at the monitor's first alarm; infinite where there was none.
         alarm: Gold gained over the start there; nan where there was none.
-        lost_kl: KL at the first evaluation, after the best, at which gold is below the start by more than its 95%
-            interval; infinite where there is none.
+        lost_kl: KL at the first evaluation, after the one with the most gold on all prompts, at which gold is below the
+            start by more than its 95% interval; infinite where there is none.
         end: Gold gained over the start at the end.
         end_error: Its standard error.
         end_proxy: The proxy's gain at the end.
@@ -87,7 +95,7 @@ class Outcome(NamedTuple):
 
     @property
     def kept_until(self) -> float:
-        """KL up to which gold was not lost, as far as the run went."""
+        """KL at which gold was lost, or else at the end."""
         return self.lost_kl if math.isfinite(self.lost_kl) else self.end_kl
 
 
@@ -206,7 +214,8 @@ def markdown(runs: Sequence[Run]) -> str:
         lost = [one.lost_kl for one in found if math.isfinite(one.lost_kl)]
         alarmed = [one for one in found if math.isfinite(one.alarm_kl)]
         kept = sum(one.alarm >= max(one.best, 0.0) / 2 for one in alarmed)
-        later = sum(one.kept_until > other.lost_kl for one, other in pairs)
+        fallen = [(one, other) for one, other in pairs if math.isfinite(other.lost_kl)]
+        later = sum(one.kept_until > other.lost_kl for one, other in fallen)
         cells = [
             setting.replace("|", r"\|"),
             f"{coef:g}",
@@ -221,7 +230,7 @@ def markdown(runs: Sequence[Run]) -> str:
             f"{kept} of {len(alarmed)}" if alarmed else "",
             f"{len(lost)} of {len(found)}",
             _cell(lost),
-            f"{later} of {len(pairs)}" if pairs else "",
+            f"{later} of {len(fallen)}" if fallen else "",
             _cell([one.end for one in found]),
             _cell([one.end_proxy for one in found]),
             _cell([one.end_kl for one in found]),
@@ -233,8 +242,9 @@ def markdown(runs: Sequence[Run]) -> str:
         "prompts and measured on the other half, and the other way round. By more than chance: by more than the 95% "
         "interval of the run's own prompts. More than the first row: seed by seed. Half of the best or more: how many "
         "of the first alarms came while gold was at least half of that above its start. Gold is below its start where "
-        "the difference is below 0 by more than its 95% interval, after the best evaluation; that is later than in the "
-        "first row where a run of the same seed fell at a larger KL, or went further without falling."
+        "the difference is below 0 by more than its 95% interval, after the evaluation with the most gold. Later than "
+        "the first row: of the seeds that fell there, those that fell at a larger KL here or ended at a larger one "
+        "without falling; what ended nearer is not counted, even if it never fell."
     )
     return f"{table}\n\n{notes}\n"
 
@@ -248,16 +258,18 @@ def _cell(values: Sequence[float]) -> str:
 
 def draw(runs: Sequence[Run]) -> "Figure":
     """Both panels: the curves over √KL at the lowest coefficient, and what is reached over the coefficient."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.0, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     settings = list(dict.fromkeys(run.setting for run in runs))
-    for place, setting in enumerate(settings):
+    colors = colormaps["tab10" if len(settings) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    for setting, color in zip(settings, itertools.cycle(colors), strict=False):
         own = [run for run in runs if run.setting == setting]
         lowest = min(run.coef for run in own)
-        _draw_curve(left, [run for run in own if run.coef == lowest], setting, f"C{place}")
-        _draw_ends(right, own, setting, f"C{place}")
+        _draw_curve(left, [run for run in own if run.coef == lowest], setting, color)
+        _draw_ends(right, own, setting, color)
     left.set(
         title="along the run, at the lowest KL coefficient",
         xlabel="distance from the start, √KL (√nats)",
@@ -277,7 +289,7 @@ def draw(runs: Sequence[Run]) -> "Figure":
     return figure
 
 
-def _draw_curve(axis: "Axes", runs: Sequence[Run], label: str, color: str) -> None:
+def _draw_curve(axis: "Axes", runs: Sequence[Run], label: str, color: Color) -> None:
     """Means over seeds, evaluation by evaluation, gold with a 95% band."""
     length = min(len(run.kl) for run in runs)
     kl, gold, proxy = (
@@ -294,7 +306,7 @@ def _draw_curve(axis: "Axes", runs: Sequence[Run], label: str, color: str) -> No
     axis.plot(d.numpy(), proxy.mean(0).numpy(), ":", color=color)
 
 
-def _draw_ends(axis: "Axes", runs: Sequence[Run], label: str, color: str) -> None:
+def _draw_ends(axis: "Axes", runs: Sequence[Run], label: str, color: Color) -> None:
     by_coef = {
         coef: several for (_, coef), several in sorted(grouped(runs).items(), key=lambda item: item[0][1])
     }

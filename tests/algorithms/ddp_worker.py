@@ -26,7 +26,8 @@ def main(algorithm: str, model_dir: str, lora: str, world: int, output: str) -> 
         "DPO": DPO,
         "BCO": partial(DPO, objective=BCO(beta=1.0)),
         "KTO": KTO,
-        "RewardModel": partial(RewardModel, num_members=2, member_share=0.7, token_head=TokenHead()),
+        "RewardModel": partial(RewardModel, num_members=2, member_share=0.7),
+        "TokenHead": partial(RewardModel, num_members=2, member_share=0.7, token_head=TokenHead()),
         "OnlineDPO": partial(OnlineDPO, reward=Ids(), sampling=Sampling(max_new_tokens=6, num_samples=3)),
     }
     module = modules[algorithm](policy, optimization=settings)

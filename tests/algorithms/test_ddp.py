@@ -18,6 +18,7 @@ def run(algorithm, model_dir, lora, world, output):
         ("BCO", "full"),
         ("KTO", "lora"),
         ("RewardModel", "lora"),
+        ("TokenHead", "lora"),
         ("OnlineDPO", "lora"),
     ],
 )

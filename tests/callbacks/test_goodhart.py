@@ -16,7 +16,7 @@ from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import LoRA, Policy
 from lightning_rlhf.objectives import SimPO
-from lightning_rlhf.rewards import FunctionReward, Normalized, ShapedReward
+from lightning_rlhf.rewards import FunctionReward, LengthPenalty, Normalized, ShapedReward
 from tests.algorithms.conftest import random_groups
 
 
@@ -112,14 +112,17 @@ def test_kl_is_that_of_the_samples(trainer, tokenizer, llama):
 
 
 def test_running_statistics_of_a_reward_are_those_of_training(trainer, llama, tokenizer):
-    """The module's own reward is the monitor's proxy, and what the monitor samples is not counted into its scale."""
+    """The monitor's proxy is part of the module's reward, and what it samples is not counted into that one's scale."""
     counts = []
-    for callbacks in ([], [monitor(proxy=None)]):
+    watch = monitor(proxy="capitals")
+    for callbacks in ([], [watch]):
         shaper = Normalized()
-        module = ppo(llama, tokenizer, ShapedReward(FunctionReward(capitals), [shaper]))
+        module = ppo(llama, tokenizer, ShapedReward(FunctionReward(capitals, name="capitals"), [shaper]))
         trainer(callbacks=callbacks, max_steps=2, num_sanity_val_steps=0).fit(module, prompts(), prompts())
         counts.append(shaper.get_extra_state()["moments"][0])
     assert counts[0] == counts[1] == 16.0  # two rollouts of 4 prompts, 2 samples each
+    for one in watch.history:  # the part before it is normalised
+        assert one["proxy"] == pytest.approx([-value for value in one["gold"]], abs=1e-5)
 
 
 def test_training_is_not_changed(trainer, llama_dir):
@@ -203,7 +206,8 @@ def test_resumes_with_its_evaluations(trainer, tokenizer, llama_dir, tmp_path):
         run(monitor(num_prompts=3), 6, tmp_path / "last.ckpt")
 
 
-def test_rollouts_of_training_are_judged_and_nothing_else_is_sampled(trainer, tokenizer, llama):
+@pytest.mark.parametrize("part", [None, "capitals"])
+def test_rollouts_of_training_are_judged_and_nothing_else_is_sampled(part, trainer, tokenizer, llama):
     """4 prompts, 2 samples each and one step a rollout; an evaluation has the two rollouts before it."""
     seen = []
 
@@ -211,8 +215,9 @@ def test_rollouts_of_training_are_judged_and_nothing_else_is_sampled(trainer, to
         def on_train_batch_end(self, trainer, module, *_):
             seen.append(module.last_rollout)
 
-    watch = monitor(rollouts=True, proxy=None)
-    module = ppo(llama, tokenizer)
+    watch = monitor(rollouts=True, proxy=part)
+    reward = FunctionReward(capitals, name="capitals")
+    module = ppo(llama, tokenizer, reward if part is None else ShapedReward(reward, [LengthPenalty(3.0)]))
     drawn = []
     generate = module.generator.generate
     module.generator.generate = lambda *a, **k: drawn.append(len(a[2])) or generate(*a, **k)
@@ -325,8 +330,14 @@ def test_what_it_cannot_watch_is_refused(trainer, tokenizer, llama):
         estimator=RLOO(),
         sampling=Sampling(num_samples=2),
     )
-    with pytest.raises(ValueError, match="give GoodhartMonitor the reward without it as its proxy"):
-        fit(monitor(rollouts=True, proxy=None), normalised, prompts(), prompts(2))
+    with pytest.raises(
+        ValueError, match="the part without it as its proxy, one of capitals, shaped_reward"
+    ):
+        fit(monitor(proxy=None), normalised, prompts(), prompts(2))
+    with pytest.raises(
+        ValueError, match="proxy 'gold' is no part of the module's reward: give a reward, or one of"
+    ):
+        fit(monitor(proxy="gold"), normalised, prompts(), prompts(2))
     with pytest.raises(ValueError, match="multiplies PPO's kl.coef, and DPO has none"):
         fit(monitor(on_alarm="raise_kl"), DPO(llama, tokenizer), loader(), loader())
     steered = PPO(

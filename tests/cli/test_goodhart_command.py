@@ -1,14 +1,17 @@
 """The experiment of recipes/experiments/goodhart.yaml, cut down to a few steps, in this process."""
 
 import json
+import time
 from inspect import signature
 
 import pytest
 import yaml
 
+from lightning_rlhf.cli import goodhart as command
 from lightning_rlhf.cli.goodhart import Setting, known, run_stage, seeded_stage, stage_name
+from lightning_rlhf.cli.goodhart_report import Run
 from lightning_rlhf.cli.label import label
-from lightning_rlhf.cli.pipeline import TrainingStage, filled
+from lightning_rlhf.cli.pipeline import LabellingStage, TrainingStage, filled
 from tests.cli.test_pipeline import here  # noqa: F401 - a fixture
 from tests.cli.test_recipes import RECIPES
 
@@ -17,7 +20,7 @@ ROOT = RECIPES.parent
 
 @pytest.fixture
 def experiment(tmp_path):
-    """Three settings of one seed, two rollouts each."""
+    """Three settings of four, one seed, two rollouts each."""
     (tmp_path / "lightning_rlhf").symlink_to(ROOT / "lightning_rlhf")
     settings = yaml.safe_load((RECIPES / "experiments/goodhart.yaml").read_text())
     settings |= {"seeds": [3], "coefs": [0.0], "jobs": 1}
@@ -46,8 +49,8 @@ def experiment(tmp_path):
         "plain": {"coefs": [0.0, 0.1]},
         "worst of three": kept["worst of three"],
         "labelled anew": kept["labelled anew"] | {"coefs": [0.0]},
+        "ODIN": kept["ODIN"],
     }
-    settings["settings"]["ODIN"] = kept["ODIN"]
     settings["only"] = ["plain", "worst of three", "labelled anew"]
     (tmp_path / "goodhart.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return tmp_path / "goodhart"
@@ -86,14 +89,13 @@ def test_runs_are_trained_measured_and_drawn(program, experiment, here):  # noqa
 RECIPE = yaml.safe_load((RECIPES / "experiments/goodhart.yaml").read_text())
 
 
-@pytest.mark.parametrize("name", [*RECIPE["stages"], *RECIPE["settings"]])
+@pytest.mark.parametrize(
+    "name", [name for name in (*RECIPE["stages"], *RECIPE["settings"]) if name != "labels"]
+)
 def test_all_of_the_recipe_is_what_fit_understands(name, program, tmp_path):
     stages = {key: TrainingStage(**one) for key, one in RECIPE["stages"].items() if "config" in one}
     run = TrainingStage(**RECIPE["run"])
     made = {key: f"out/{key}" for key in ("output", *RECIPE["stages"])}
-    if name == "labels":
-        assert RECIPE["stages"][name]["label"].keys() <= signature(label).parameters.keys()
-        return
     if name in stages:
         stage = seeded_stage(stages[name], 3)
     else:
@@ -104,6 +106,72 @@ def test_all_of_the_recipe_is_what_fit_understands(name, program, tmp_path):
     code, printed, error = program(*words)
     assert code == 0, error[-2000:]
     assert yaml.safe_load(printed)["seed_everything"] == 3
+
+
+def test_its_labels_are_what_label_understands():
+    assert RECIPE["stages"]["labels"]["label"].keys() <= signature(label).parameters.keys()
+
+
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    """Experiments whose stages only note that they were run, two at a time, and may fail."""
+    noted = []
+
+    def note(name, stage, plan, folder):
+        noted.append(f"{folder.parent.name}/{name}")
+        if name.startswith("bad"):
+            raise RuntimeError(f"{name} failed")
+        time.sleep(0.01)
+
+    (tmp_path / "x.yaml").write_text("{}")
+    monkeypatch.setattr(command, "write_sandbox", lambda *_: None)
+    monkeypatch.setattr(command, "finish", note)
+    monkeypatch.setattr(command, "written_by_monitor", lambda folder: folder)
+    monkeypatch.setattr(
+        command, "read_run", lambda setting, coef, seed, _: Run(setting, coef, seed, [], [], [])
+    )
+    monkeypatch.setattr(command, "write", lambda runs, folder: noted.append(runs))
+    monkeypatch.setattr(command, "markdown", lambda _: "")
+
+    def run(settings, **more):
+        stages = {
+            "sft": TrainingStage([str(tmp_path / "x.yaml")], 1),
+            "other": TrainingStage([str(tmp_path / "x.yaml")], 1, {"path": "${sft}"}),
+        } | more.pop("stages", {})
+        training = TrainingStage([str(tmp_path / "x.yaml")], 1, {"path": "${sft}"})
+        output = tmp_path / "out"
+        command.goodhart(output, [1, 2, 3], [0.0], stages, training, settings, jobs=2, **more)
+
+    return run, noted
+
+
+def test_two_at_a_time_nothing_comes_before_what_it_needs(trainings):
+    run, noted = trainings
+    run({"b": Setting(), "a": Setting(coefs=[0.0, 0.1]), "c": Setting()}, only=["a", "b"])
+    *done, runs = noted
+    assert sorted(done) == [f"seed_{s}/{name}" for s in (1, 2, 3) for name in ("a_0", "a_1", "b_0", "sft")]
+    for place, name in enumerate(done):
+        assert f"{name.split('/')[0]}/sft" in done[: place + 1]
+    expected = [("b", 0.0, s) for s in (1, 2, 3)] + [("a", c, s) for c in (0.0, 0.1) for s in (1, 2, 3)]
+    assert [(one.setting, one.coef, one.seed) for one in runs] == expected
+
+
+def test_what_fails_ends_the_experiment(trainings):
+    run, noted = trainings
+    with pytest.raises(RuntimeError, match="bad_0 failed"):
+        run({"bad": Setting(), **{f"good {n}": Setting() for n in range(50)}})
+    assert len(noted) < 100  # of 156
+
+
+def test_what_cannot_be_is_found_before_anything_is_trained(trainings):
+    run, noted = trainings
+    with pytest.raises(ValueError, match=r"\$\{stf\} is no earlier stage"):
+        run({"a": Setting(), "b": Setting({"path": "${stf}"})})
+    with pytest.raises(ValueError, match="stage labels has no judge: an experiment does not wait for people"):
+        run({"a": Setting({"path": "${labels}"})}, stages={"labels": LabellingStage({"policy": "${sft}"})})
+    with pytest.raises(ValueError, match="only names 'd', which is no setting: known are a"):
+        run({"a": Setting()}, only=["d"])
+    assert noted == []
 
 
 def test_placeholders_and_names():

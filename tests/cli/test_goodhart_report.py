@@ -90,8 +90,42 @@ def test_table_and_picture(tmp_path):
     assert [text.get_text() for text in right.get_xticklabels()] == ["0", "0.1"]
 
 
+def test_later_is_said_of_seeds_that_fell_in_the_first_row():
+    """Of two seeds one fell at 9: one that ends at 10 without falling is later, one that ends at 5 may be or not."""
+    plain = [hump(0), hump(1, fall=0.0)]
+    near = replace(hump(0, "near", fall=0.0), kl=torch.full((11, 64), 5.0).double())
+    far = [hump(seed, "far", fall=0.0) for seed in (0, 1)]
+    found = cells([line for line in markdown([*plain, near, *far]).splitlines() if line.startswith("|")])
+    later = found[0].index("later than the first row")
+    assert [row[later] for row in found[2:]] == ["", "0 of 1", "1 of 1"]
+    found = cells(markdown([plain[1], far[1]]).splitlines()[:4])
+    assert found[3][later] == ""
+
+
+def test_the_error_of_the_best_is_its_spread():
+    found = []
+    for seed in range(300):
+        noise = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        gold = noise + torch.tensor([[0.0], [9.0], [1.0]])
+        found.append(outcome(Run("plain", 0.0, seed, gold, gold, gold)))
+    spread = torch.tensor([one.best for one in found]).std().item()
+    assert sum(one.best_error for one in found) / len(found) == pytest.approx(spread, rel=0.15)
+
+
 def cells(lines):
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_what_is_left_of_the_rollouts_is_left_out(tmp_path):
+    sizes = {0: 9, 8: 6, 16: 6, 18: 2}
+    rows = [
+        {"step": step, "kl": [1.0] * n, "proxy": [1.0] * n, "gold": [1.0] * n} for step, n in sizes.items()
+    ]
+    (tmp_path / "evaluations.json").write_text(json.dumps(rows))
+    (tmp_path / "goodhart.json").write_text(json.dumps({"alarms": [18]}))
+    run = read_run("plain", 0.1, 7, tmp_path)
+    assert [len(row) for row in run.gold] == [9, 6, 6]
+    assert run.alarm is None
 
 
 def test_runs_are_read_from_what_a_monitor_wrote(tmp_path):

@@ -29,6 +29,7 @@ PAIRWISE = {
     *("KTO-lora-fsdp2", "KTO-nf4-fsdp2", "KTO-full-ddp"),
     *("PPO-lora-ddp", "PPO-nf4-fsdp2", "PPO-full-fsdp2"),
     *("OnlineDPO-lora-fsdp2", "OnlineDPO-nf4-ddp", "OnlineDPO-full-ddp"),
+    "RewardModel-full-fsdp2-token",
 }
 EVERY = {"-".join(cell) for cell in itertools.product(ALGORITHMS, WEIGHTS, STRATEGIES)}
 # Beside the matrix: a checkpoint of a file a rank, from which one process exports.
@@ -40,6 +41,8 @@ OPTIONS = {
     "OnlineDPO-full-fsdp2-follow",
 }
 HALF = {"DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"}
+# Options that one process trains with as well.
+OF_TRAINING = ("follow", "token")
 # Ranks sample other numbers of prompts, to other lengths, after every batch.
 UNEVEN = "SFT-lora-fsdp2-uneven"
 # As one process goes on from a checkpoint of two, and two from one of one, with the same rows a step.
@@ -78,7 +81,7 @@ class Runs:
 
     def __call__(self, name):
         algorithm, weights, *_ = name.split("-")
-        key = "-".join((algorithm, weights, "single", *(["follow"] if "follow" in name else [])))
+        key = "-".join((algorithm, weights, "single", *(o for o in OF_TRAINING if o in name)))
         if key not in self.kept:
             self.kept[key] = run(Cell.named(key), self.model_dir, self.folder / key, 1)
         return self.folder / key, self.kept[key]
@@ -178,7 +181,6 @@ def test_one_process_resumes(cell, single, llama_dir, tmp_path):
         ("tensor", "tensor_parallel_size 2.*data_parallel_size: 2 and tensor_parallel_size: 1"),
         ("8bit", "optimization.name is 'adamw_8bit'.*use adamw"),
         ("odin", "odin does not train under FSDP2"),
-        ("token_head", "token_head does not train under FSDP2"),
         ("tokens", "update.micro_batch_tokens is 64.*Set it to null"),
         ("uneven", "a rank has 5 completions in this rollout and another 3.*drop_last: true"),
     ],

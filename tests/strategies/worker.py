@@ -98,6 +98,8 @@ def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
     }
     if "follow" in cell.options:
         settings["reference_update_steps"] = 1
+    if "token" in cell.options:
+        settings["token_head"] = TokenHead()
     make = {
         "SFT": SFT,
         "RewardModel": RewardModel,
@@ -178,7 +180,6 @@ def refusals(model_dir: str) -> dict[str, str]:
         "tensor": SFT(model_dir),
         "8bit": SFT(model_dir, optimization=Optimization(name="adamw_8bit")),
         "odin": RewardModel(model_dir, odin=ODIN()),
-        "token_head": RewardModel(model_dir, token_head=TokenHead()),
         "tokens": small(update=Update(micro_batch_tokens=64)),
         "uneven": small(update=Update(minibatch_size=4)),
     }
