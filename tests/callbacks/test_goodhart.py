@@ -330,9 +330,7 @@ def test_what_it_cannot_watch_is_refused(trainer, tokenizer, llama):
         estimator=RLOO(),
         sampling=Sampling(num_samples=2),
     )
-    with pytest.raises(
-        ValueError, match="the part without it as its proxy, one of capitals, shaped_reward"
-    ):
+    with pytest.raises(ValueError, match="the part without it as its proxy, one of capitals, shaped_reward"):
         fit(monitor(proxy=None), normalised, prompts(), prompts(2))
     with pytest.raises(
         ValueError, match="proxy 'gold' is no part of the module's reward: give a reward, or one of"

@@ -29,8 +29,9 @@ PAIRWISE = {
     *("KTO-lora-fsdp2", "KTO-nf4-fsdp2", "KTO-full-ddp"),
     *("PPO-lora-ddp", "PPO-nf4-fsdp2", "PPO-full-fsdp2"),
     *("OnlineDPO-lora-fsdp2", "OnlineDPO-nf4-ddp", "OnlineDPO-full-ddp"),
-    "RewardModel-full-fsdp2-token",
 }
+# Beside them, in every `make test`.
+QUICK = PAIRWISE | {"RewardModel-full-fsdp2-token"}
 EVERY = {"-".join(cell) for cell in itertools.product(ALGORITHMS, WEIGHTS, STRATEGIES)}
 # Beside the matrix: a checkpoint of a file a rank, from which one process exports.
 SHARDED = ("PPO-full-fsdp2-sharded", "RewardModel-lora-fsdp2-sharded", "SFT-lora-fsdp2-sharded")
@@ -98,7 +99,7 @@ def single(llama_dir, place):
 @pytest.fixture(scope="module")
 def quick(llama_dir, place, single):
     from_one = [f"{name}-{FROM_ONE}={single(name)[0] / 'epoch=0.ckpt'}" for name in OTHER_NUMBERS]
-    return launch(["refusals", UNEVEN, *sorted(PAIRWISE), *SHARDED, *from_one], llama_dir, place / "quick")
+    return launch(["refusals", UNEVEN, *sorted(QUICK), *SHARDED, *from_one], llama_dir, place / "quick")
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +119,14 @@ def check(name, ranks, single):
     _, one = single(name)
     whole, resumed = ranks[0]["whole"], ranks[0]["resumed"]
     assert whole["steps"] == one["steps"] == (8 if name.startswith("PPO") else 4)
-    if "bf16" not in name:
+    if "bf16" not in name:  # one process is in float32, and samples other tokens
         close(whole, one)
+        assert whole["tokens"] == one["tokens"]
+    if "follow" not in name:  # where the reference is the policy, the loss is ln 2 whatever is learnt
         assert len({round(next(iter(values.values())), 6) for values in one["losses"]}) > 1  # it learns
     for rank in ranks:
         assert rank["whole"]["losses"] == whole["losses"]
-        assert rank["resumed"]["tokens"] == rank["whole"]["tokens"] == one["tokens"]
+        assert rank["resumed"]["tokens"] == rank["whole"]["tokens"] == whole["tokens"]
         # The second epoch again, from the checkpoint of the first one: bit for bit.
         assert rank["resumed"]["losses"] == rank["whole"]["losses"][-len(resumed["losses"]) :]
         assert rank["resumed"]["norms"] == rank["whole"]["norms"][-len(resumed["norms"]) :]
@@ -151,7 +154,7 @@ def check_export(name, folder, single, tmp_path):
         assert (value - theirs[key]).norm() < 1e-2 * theirs[key].norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("name", [*sorted(PAIRWISE), *SHARDED, UNEVEN])
+@pytest.mark.parametrize("name", [*sorted(QUICK), *SHARDED, UNEVEN])
 def test_two_processes_equal_one_and_resume(name, quick, single, place, tmp_path):
     check(name, quick[name], single)
     check_export(name, place / "quick", single, tmp_path)
