@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +64,8 @@ class GoodhartMonitor(Callback):
             (:class:`~lightning_rlhf.rewards.ConstrainedReward`), give a part.
         every_n_steps: Optimizer steps between evaluations, at least.
         num_prompts: The first ones of the validation data, on all ranks together.
-        max_new_tokens: Tokens of an answer at most.
-        temperature: Divides the logits of policy and reference; as in training.
+        max_new_tokens: Tokens of an answer at most; with ``rollouts`` the module's own sampling is taken.
+        temperature: Divides the logits of policy and reference; as in training. With ``rollouts`` likewise.
         batch_size: Prompts at a time.
         method: The form that is fitted to gold.
         on_alarm: ``warn``, ``stop`` training, or ``raise_kl``: multiply PPO's ``kl.coef``.
@@ -144,11 +145,18 @@ class GoodhartMonitor(Callback):
         proxy = self.proxy
         if not isinstance(proxy, Reward):
             proxy = reward_of(pl_module, proxy)
+        elif moving(proxy):
+            raise ValueError(
+                "the proxy is Normalized, which changes with what it has seen: give the reward without it"
+            )
         for reward in [self.gold] + ([proxy] if proxy is self.proxy else []):
             reward.attach(policy, tokenizer)
             reward.to(pl_module.device)
         part = self.proxy if isinstance(self.proxy, str) else None
-        self._judges = Judges(proxy, part, self.gold, HFGenerator(), self.sampling)
+        sampling = self.sampling
+        if self.rollouts and isinstance(pl_module, Online):  # the start as all that follows
+            sampling = replace(pl_module.sampling, num_samples=1, batch_size=sampling.batch_size)
+        self._judges = Judges(proxy, part, self.gold, HFGenerator(), sampling)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the prompts, and sample the starting policy unless a checkpoint did."""
@@ -180,25 +188,38 @@ class GoodhartMonitor(Callback):
             "best": self.best,
             "since": self._since,
             "pool": self._pool,
-            "rollouts": self.rollouts,
+            "how": self._how(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: If its evaluations are of the other kind.
+            ValueError: If its evaluations were made in another way.
         """
-        if state_dict["rollouts"] != self.rollouts:
-            raise ValueError(
-                f"the checkpoint's evaluations were made with rollouts: {state_dict['rollouts']}, and now it is "
-                f"{self.rollouts}: resume with the same, or start a new run"
-            )
+        for name, now in self._how().items():
+            if state_dict["how"][name] != now:
+                raise ValueError(
+                    f"the checkpoint's evaluations were made with {name}: {state_dict['how'][name]}, and now it is "
+                    f"{now}: resume with the same, or start a new run"
+                )
         self.history, self.alarms = list(state_dict["history"]), list(state_dict["alarms"])
         self.best, self._since = dict(state_dict["best"]), state_dict["since"]
         self._pool = list(state_dict["pool"])
 
     # --- an evaluation --------------------------------------------------------------------------------------------
+
+    def _how(self) -> dict[str, Any]:
+        """What evaluations must have in common."""
+        proxy = self.proxy.name if isinstance(self.proxy, Reward) else self.proxy
+        found = {"rollouts": self.rollouts, "gold": self.gold.name, "proxy": proxy}
+        if self.rollouts:
+            return found
+        return {
+            **found,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "temperature": self.sampling.temperature,
+        }
 
     def _too_few(self) -> bool:
         """Whether the rollouts have a single prompt, which has no standard error."""
@@ -333,21 +354,34 @@ def reward_of(module: L.LightningModule, part: str | None) -> Reward:
     """The reward that a module trains on.
 
     Raises:
-        ValueError: If it has none, or none with such a part, or one whose whole does not compare along the run.
+        ValueError: If it has none, or none with such a part, or what is asked for does not compare along the run.
     """
     if not isinstance(module, Online):
-        raise ValueError(f"{type(module).__name__} has no reward of its own: give GoodhartMonitor a proxy")
-    if part is None and any(isinstance(one, Normalized) for one in module.reward.modules()):
         raise ValueError(
-            "Normalized changes with what it has seen, so that evaluations do not compare: give GoodhartMonitor the "
-            f"part without it as its proxy, one of {', '.join(module.reward.part_names)}"
+            f"{type(module).__name__} has no reward of its own: give GoodhartMonitor a reward as proxy"
         )
-    if part is not None and part not in module.reward.part_names:
+    names = module.reward.part_names
+    moved = moving(module.reward)
+    steady = ", ".join(name for name in names if name not in moved)
+    if part is not None and part not in names:
         raise ValueError(
-            f"proxy {part!r} is no part of the module's reward: give a reward, or one of "
-            f"{', '.join(module.reward.part_names)}"
+            f"proxy {part!r} is no part of the module's reward: give a reward, or one of {', '.join(names)}"
+        )
+    if moved and (part is None or part in moved):
+        raise ValueError(
+            f"{part or module.reward.name} is Normalized, which changes with what it has seen, so that evaluations do "
+            f"not compare: give GoodhartMonitor another part as its proxy, one of {steady}"
         )
     return module.reward
+
+
+def moving(reward: Reward) -> set[str]:
+    """The names of rewards within, itself included, that change with what was seen, or are made of one that does."""
+    return {
+        one.name
+        for one in reward.modules()
+        if isinstance(one, Reward) and any(isinstance(part, Normalized) for part in one.modules())
+    }
 
 
 def require_raisable(module: L.LightningModule) -> None:

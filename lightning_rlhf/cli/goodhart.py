@@ -73,6 +73,7 @@ def goodhart(
     sizes: Sizes = Sizes(),  # noqa: B008 - frozen
     jobs: int = 1,
     only: list[str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Train policies on the sandbox at several KL coefficients, in several settings, and draw what comes of it.
 
@@ -90,16 +91,24 @@ def goodhart(
         sizes: Of the sandboxes.
         jobs: Trainings at a time, each with its share of the processor.
         only: The settings to train and draw now, and what they need; by default all.
+        overwrite: Where a stage's configuration has changed, run it and all that comes after it anew.
     """
     if unknown := set(only or ()) - set(settings):
-        raise ValueError(f"only names {min(unknown)!r}, which is no setting: known are {', '.join(settings)}")
+        known_names = ", ".join(map(repr, settings))
+        raise ValueError(f"only names {min(unknown)!r}, which is no setting: known are {known_names}")
     settings = {name: setting for name, setting in settings.items() if only is None or name in only}
-    if not seeds or not settings:
-        raise ValueError("give at least one of seeds and of settings")
+    if not settings:
+        raise ValueError(
+            "there is no setting to train: give settings, and leave only out or name one of them"
+        )
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be at least one, each once, got {seeds}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     trainings = [Policies(seed, coefs, stages, run, settings, output / f"seed_{seed}") for seed in seeds]
     for one in trainings:  # what cannot be is found before anything is trained
-        begin_anew(one.plans, one.output, overwrite=False)
+        begin_anew(one.plans, one.output, overwrite=overwrite)
     with ThreadPoolExecutor(jobs) as pool:
         # In this order nothing that a training waits for is behind it.
         ready = [pool.submit(one.prepare, sizes) for one in trainings]
@@ -108,13 +117,17 @@ def goodhart(
             for place, one in enumerate(trainings)
             for name in one.planned
         ]
+        every: list[Future[Any]] = [*ready, *waits]
         try:
-            runs = [done.result() for done in as_completed(waits)]
+            for done in as_completed(every):
+                done.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     order = list(settings)
-    runs = sorted(runs, key=lambda one: (order.index(one.setting), one.coef, one.seed))
+    runs = sorted(
+        (wait.result() for wait in waits), key=lambda one: (order.index(one.setting), one.coef, one.seed)
+    )
     with written_whole(output / "report", overwrite=True) as folder:
         write(runs, folder)
     print(f"wrote {output / 'report'}\n\n{markdown(runs)}")
@@ -136,7 +149,8 @@ class Policies:
         plans: All that each stage and training depends on.
 
     Raises:
-        ValueError: If a placeholder names nothing, or a labelling stage has no judge.
+        ValueError: If a placeholder names no stage, two settings would have one folder, or a labelling stage has no
+            judge.
         FileNotFoundError: If a recipe is missing.
     """
 
@@ -150,19 +164,23 @@ class Policies:
         output: Path,
     ) -> None:
         self.seed, self.output = seed, output
-        self.planned = {
-            stage_name(name, place): (name, coef, run_stage(run, setting, seed, coef))
-            for name, setting in settings.items()
-            for place, coef in enumerate(coefs_of(setting, coefs))
-        }
+        self.planned: dict[str, tuple[str, float, TrainingStage]] = {}
+        for name, setting in settings.items():
+            for place, coef in enumerate(coefs_of(setting, coefs)):
+                folder = stage_name(name, place)
+                if folder in self.planned or folder in stages:
+                    raise ValueError(
+                        f"setting {name!r} would be trained in {folder}, which is taken: rename it"
+                    )
+                self.planned[folder] = name, coef, run_stage(run, setting, seed, coef)
         needed = needed_by([stage.overrides for _, _, stage in self.planned.values()], stages)
         self.stages = {name: seeded_stage(stage, seed) for name, stage in stages.items() if name in needed}
         for name, stage in self.stages.items():
             if isinstance(stage, LabellingStage) and stage.label.get("judge") is None:
                 raise ValueError(f"stage {name} has no judge: an experiment does not wait for people")
-        after = {name: stage for name, (_, _, stage) in self.planned.items()}
-        everything = {**self.stages, **after}
-        self.plans = {name: plan_of(name, everything, output) for name in everything}
+        self.plans = {name: plan_of(name, self.stages, output) for name in self.stages}
+        for name, (_, _, training) in self.planned.items():
+            self.plans[name] = plan_of(name, {**self.stages, name: training}, output)
 
     def prepare(self, sizes: Sizes) -> None:
         """Make the sandbox and what all trainings need, or what is left of it."""

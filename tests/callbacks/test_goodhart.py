@@ -284,6 +284,13 @@ def test_checkpoints_of_another_kind_are_refused(kept):
         ValueError, match=rf"made with rollouts: {kept}, and now it is {not kept}: resume with"
     ):
         monitor(rollouts=not kept).load_state_dict(monitor(rollouts=kept).state_dict())
+    state = monitor(proxy="capitals").state_dict()
+    for settings, message in (
+        ({"proxy": None}, "proxy: capitals"),
+        ({"proxy": "capitals", "temperature": 0.5}, "temperature: 1.0"),
+    ):
+        with pytest.raises(ValueError, match=f"made with {message}, and now it is"):
+            monitor(**settings).load_state_dict(state)
 
 
 def test_other_held_out_prompts_than_the_checkpoints_are_refused():
@@ -315,7 +322,9 @@ def test_what_it_cannot_watch_is_refused(trainer, tokenizer, llama):
 
     with pytest.raises(ValueError, match="there is none: use an objective with a reference"):
         fit(monitor(), DPO(llama, tokenizer, objective=SimPO()), loader(), loader())
-    with pytest.raises(ValueError, match="DPO has no reward of its own: give GoodhartMonitor a proxy"):
+    with pytest.raises(
+        ValueError, match="DPO has no reward of its own: give GoodhartMonitor a reward as proxy"
+    ):
         fit(monitor(proxy=None), DPO(llama, tokenizer), loader(), loader())
     with pytest.raises(
         ValueError, match="held-out prompts are those of the validation data, and there is none"
@@ -330,8 +339,13 @@ def test_what_it_cannot_watch_is_refused(trainer, tokenizer, llama):
         estimator=RLOO(),
         sampling=Sampling(num_samples=2),
     )
-    with pytest.raises(ValueError, match="the part without it as its proxy, one of capitals, shaped_reward"):
-        fit(monitor(proxy=None), normalised, prompts(), prompts(2))
+    for part in (None, "shaped_reward"):
+        with pytest.raises(
+            ValueError, match="shaped_reward is Normalized.* another part as its proxy, one of capitals$"
+        ):
+            fit(monitor(proxy=part), normalised, prompts(), prompts(2))
+    with pytest.raises(ValueError, match="the proxy is Normalized, which changes with what it has seen"):
+        fit(monitor(proxy=normalised.reward), normalised, prompts(), prompts(2))
     with pytest.raises(
         ValueError, match="proxy 'gold' is no part of the module's reward: give a reward, or one of"
     ):

@@ -81,7 +81,7 @@ def test_runs_are_trained_measured_and_drawn(program, experiment, here):  # noqa
     code, _, error = program("goodhart", "--config", "goodhart.yaml", '--only=["odin"]')
     assert code == 1
     assert (
-        "only names 'odin', which is no setting: known are plain, worst of three, labelled anew, ODIN"
+        "only names 'odin', which is no setting: known are 'plain', 'worst of three', 'labelled anew', 'ODIN'"
         in error
     )
 
@@ -140,7 +140,8 @@ def trainings(tmp_path, monkeypatch):
         } | more.pop("stages", {})
         training = TrainingStage([str(tmp_path / "x.yaml")], 1, {"path": "${sft}"})
         output = tmp_path / "out"
-        command.goodhart(output, [1, 2, 3], [0.0], stages, training, settings, jobs=2, **more)
+        given = {"seeds": [1, 2, 3], "jobs": 2, **more}
+        command.goodhart(output, coefs=[0.0], stages=stages, run=training, settings=settings, **given)
 
     return run, noted
 
@@ -169,8 +170,17 @@ def test_what_cannot_be_is_found_before_anything_is_trained(trainings):
         run({"a": Setting(), "b": Setting({"path": "${stf}"})})
     with pytest.raises(ValueError, match="stage labels has no judge: an experiment does not wait for people"):
         run({"a": Setting({"path": "${labels}"})}, stages={"labels": LabellingStage({"policy": "${sft}"})})
-    with pytest.raises(ValueError, match="only names 'd', which is no setting: known are a"):
+    with pytest.raises(ValueError, match="only names 'd', which is no setting: known are 'a'"):
         run({"a": Setting()}, only=["d"])
+    with pytest.raises(ValueError, match="there is no setting to train"):
+        run({"a": Setting()}, only=[])
+    with pytest.raises(ValueError, match=r"setting 'a-b' would be trained in a_b_0, which is taken"):
+        run({"a b": Setting(), "a-b": Setting()})
+    with pytest.raises(ValueError, match=r"\$\{b_0\} is no earlier stage"):  # a policy is no stage
+        run({"b": Setting(), "c": Setting({"path": "${b_0}"})})
+    for wrong, message in (({"jobs": 0}, "jobs must be at least 1"), ({"seeds": [1, 1]}, "each once, got")):
+        with pytest.raises(ValueError, match=message):
+            run({"a": Setting()}, **wrong)
     assert noted == []
 
 
