@@ -152,11 +152,10 @@ class GoodhartMonitor(Callback):
         for reward in [self.gold] + ([proxy] if proxy is self.proxy else []):
             reward.attach(policy, tokenizer)
             reward.to(pl_module.device)
-        part = self.proxy if isinstance(self.proxy, str) else None
         sampling = self.sampling
         if self.rollouts and isinstance(pl_module, Online):  # the start as all that follows
             sampling = replace(pl_module.sampling, num_samples=1, batch_size=sampling.batch_size)
-        self._judges = Judges(proxy, part, self.gold, HFGenerator(), sampling)
+        self._judges = Judges(proxy, self.gold, HFGenerator(), sampling)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the prompts, and sample the starting policy unless a checkpoint did."""
@@ -351,7 +350,7 @@ class GoodhartMonitor(Callback):
 
 
 def reward_of(module: L.LightningModule, part: str | None) -> Reward:
-    """The reward that a module trains on.
+    """The reward that a module trains on, or the one within it that has this name.
 
     Raises:
         ValueError: If it has none, or none with such a part, or what is asked for does not compare along the run.
@@ -360,7 +359,8 @@ def reward_of(module: L.LightningModule, part: str | None) -> Reward:
         raise ValueError(
             f"{type(module).__name__} has no reward of its own: give GoodhartMonitor a reward as proxy"
         )
-    names = module.reward.part_names
+    within = {one.name: one for one in module.reward.modules() if isinstance(one, Reward)}
+    names = [name for name in module.reward.part_names if name in within]
     moved = moving(module.reward)
     steady = ", ".join(name for name in names if name not in moved)
     if part is not None and part not in names:
@@ -372,7 +372,7 @@ def reward_of(module: L.LightningModule, part: str | None) -> Reward:
             f"{part or module.reward.name} is Normalized, which changes with what it has seen, so that evaluations do "
             f"not compare: give GoodhartMonitor another part as its proxy, one of {steady}"
         )
-    return module.reward
+    return module.reward if part is None else within[part]
 
 
 def moving(reward: Reward) -> set[str]:

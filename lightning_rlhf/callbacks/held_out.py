@@ -110,14 +110,12 @@ class Judges:
 
     Attributes:
         proxy: The reward that training maximises.
-        part: The name of the part of it that is meant; None for the whole.
         gold: The reward that it stands for.
         generator: What samples.
         sampling: How.
     """
 
     proxy: Reward
-    part: str | None
     gold: Reward
     generator: Generator
     sampling: Sampling
@@ -154,19 +152,17 @@ class Judges:
         else:
             rollout = sample_rollout(prompts, self.generator, policy, tokenizer, self.sampling, seeds)
             kl = sampled_kl(rollout, policy, reference, self.sampling)
-        proxy = judged(self.proxy, rollout.samples, self.part).tolist()
-        gold = judged(self.gold, rollout.samples).tolist()
+        proxy, gold = (judged(judge, rollout.samples).tolist() for judge in (self.proxy, self.gold))
         names = ("row", "prompt", "completion", "kl", "proxy", "gold")
         columns = (prompts.row_ids, prompts.prompts, rollout.samples.completions, kl.tolist(), proxy, gold)
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 @torch.no_grad()
-def judged(reward: Reward, samples: Samples, part: str | None = None) -> Tensor:
+def judged(reward: Reward, samples: Samples) -> Tensor:
     """Rewards of samples, ``(N,)``, with nothing counted in: statistics and multipliers are those of training."""
     with in_eval_mode(reward):
-        found = score(reward, samples)
-    return found.total if part is None else found.parts[part]
+        return score(reward, samples).total
 
 
 def rows_of_training(scored: Scored, proxy: Reward | str | None, gold: Reward) -> list[dict[str, Any]]:

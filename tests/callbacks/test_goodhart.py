@@ -16,7 +16,7 @@ from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling
 from lightning_rlhf.models import LoRA, Policy
 from lightning_rlhf.objectives import SimPO
-from lightning_rlhf.rewards import FunctionReward, LengthPenalty, Normalized, ShapedReward
+from lightning_rlhf.rewards import FunctionReward, LengthPenalty, LengthResidual, Normalized, ShapedReward
 from tests.algorithms.conftest import random_groups
 
 
@@ -238,6 +238,18 @@ def test_rollouts_of_training_are_judged_and_nothing_else_is_sampled(part, train
         assert evaluation["rows"] == expected["row"]
         for name in ("kl", "proxy", "gold"):
             assert evaluation[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("rollouts", [True, False])
+def test_a_part_is_known_before_what_shapes_it(rollouts, trainer, tokenizer, llama):
+    """The line of LengthResidual is fitted on the first rollout, and the start is judged before that."""
+    watch = monitor(rollouts=rollouts, proxy="capitals")
+    reward = ShapedReward(FunctionReward(capitals, name="capitals"), [LengthResidual()])
+    run = trainer(callbacks=[watch], max_epochs=1, num_sanity_val_steps=0)
+    run.fit(ppo(llama, tokenizer, reward), prompts(), prompts(2))
+    assert [one["step"] for one in watch.history] == [0, 2, 4]
+    for one in watch.history:
+        assert one["proxy"] == pytest.approx([-value for value in one["gold"]], abs=1e-5)
 
 
 def test_the_few_prompts_that_are_left_at_the_end_are_not_kept_as_the_best(tmp_path):
