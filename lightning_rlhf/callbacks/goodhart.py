@@ -19,8 +19,11 @@ from lightning_rlhf.callbacks.held_out import (
     Judges,
     devices_of,
     held_out_prompts,
+    moving,
     parts_of,
+    reward_of,
     rows_of_training,
+    without_rest,
 )
 from lightning_rlhf.callbacks.sample_table import gathered
 from lightning_rlhf.data import PromptBatch
@@ -29,7 +32,7 @@ from lightning_rlhf.functional.overoptimization import Method
 from lightning_rlhf.generation import HFGenerator, Sampling
 from lightning_rlhf.metrics.goodhart import curve_of, fit_of, summary_of
 from lightning_rlhf.metrics.goodhart_plot import draw
-from lightning_rlhf.rewards import Normalized, Reward
+from lightning_rlhf.rewards import Reward
 
 OnAlarm = Literal["warn", "stop", "raise_kl"]
 COLUMNS = ("kl", "proxy", "gold")
@@ -321,8 +324,8 @@ class GoodhartMonitor(Callback):
 
     def _keep_best(self, trainer: L.Trainer, folder: Path, *, at_start: bool) -> None:
         latest = self.history[-1]
-        if 2 * len(latest["gold"]) < max(len(one["gold"]) for one in self.history[1:] or self.history):
-            return  # what was left of the rollouts at the end: the luck of few prompts
+        if without_rest(self.history)[-1] is not latest:
+            return  # the luck of few prompts
         gold = sum(latest["gold"]) / len(latest["gold"])
         if self.best and gold <= self.best["gold"]:
             return
@@ -347,41 +350,6 @@ class GoodhartMonitor(Callback):
         figure, _ = draw(curve, fit_of(curve, self.method))
         assert figure is not None
         figure.savefig(folder / "goodhart.png", dpi=120)
-
-
-def reward_of(module: L.LightningModule, part: str | None) -> Reward:
-    """The reward that a module trains on, or the one within it that has this name.
-
-    Raises:
-        ValueError: If it has none, or none with such a part, or what is asked for does not compare along the run.
-    """
-    if not isinstance(module, Online):
-        raise ValueError(
-            f"{type(module).__name__} has no reward of its own: give GoodhartMonitor a reward as proxy"
-        )
-    within = {one.name: one for one in module.reward.modules() if isinstance(one, Reward)}
-    names = [name for name in module.reward.part_names if name in within]
-    moved = moving(module.reward)
-    steady = ", ".join(name for name in names if name not in moved)
-    if part is not None and part not in names:
-        raise ValueError(
-            f"proxy {part!r} is no part of the module's reward: give a reward, or one of {', '.join(names)}"
-        )
-    if moved and (part is None or part in moved):
-        raise ValueError(
-            f"{part or module.reward.name} is Normalized, which changes with what it has seen, so that evaluations do "
-            f"not compare: give GoodhartMonitor another part as its proxy, one of {steady}"
-        )
-    return module.reward if part is None else within[part]
-
-
-def moving(reward: Reward) -> set[str]:
-    """The names of rewards within, itself included, that change with what was seen, or are made of one that does."""
-    return {
-        one.name
-        for one in reward.modules()
-        if isinstance(one, Reward) and any(isinstance(part, Normalized) for part in one.modules())
-    }
 
 
 def require_raisable(module: L.LightningModule) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_rlhf.algorithms.online import Online
 from lightning_rlhf.algorithms.rollout import Rollout, Scored, prompt_seeds, sample_rollout
 from lightning_rlhf.callbacks.held_out_kl import prompts_of
 from lightning_rlhf.data import PromptBatch
@@ -17,7 +18,7 @@ from lightning_rlhf.generation import Generator, Sampling
 from lightning_rlhf.models import LanguageModel, Reference
 from lightning_rlhf.models.modes import in_eval_mode
 from lightning_rlhf.models.sharding import gathered
-from lightning_rlhf.rewards import Reward, Samples, score
+from lightning_rlhf.rewards import Normalized, Reward, Samples, score
 
 
 def parts_of(
@@ -40,6 +41,54 @@ def parts_of(
             "precompute_reference: false, or leave the monitor out"
         )
     return policy, reference, tokenizer
+
+
+def reward_of(module: L.LightningModule, part: str | None) -> Reward:
+    """The reward that a module trains on, or the one within it that has this name.
+
+    Raises:
+        ValueError: If it has none, or none with such a part, or what is asked for does not compare along the run.
+    """
+    if not isinstance(module, Online):
+        raise ValueError(
+            f"{type(module).__name__} has no reward of its own: give GoodhartMonitor a reward as proxy"
+        )
+    within = {one.name: one for one in module.reward.modules() if isinstance(one, Reward)}
+    names = [name for name in module.reward.part_names if name in within]
+    moved = moving(module.reward)
+    steady = ", ".join(name for name in names if name not in moved)
+    if part is not None and part not in names:
+        raise ValueError(
+            f"proxy {part!r} is no part of the module's reward: give a reward, or one of {', '.join(names)}"
+        )
+    if moved and (part is None or part in moved):
+        raise ValueError(
+            f"{part or module.reward.name} is Normalized, which changes with what it has seen, so that evaluations do "
+            f"not compare: give GoodhartMonitor another part as its proxy, one of {steady}"
+        )
+    return module.reward if part is None else within[part]
+
+
+def moving(reward: Reward) -> set[str]:
+    """The names of rewards within, itself included, that change with what was seen, or are made of one that does."""
+    return {
+        one.name
+        for one in reward.modules()
+        if isinstance(one, Reward) and any(isinstance(part, Normalized) for part in one.modules())
+    }
+
+
+def without_rest(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Evaluations but those of less than half as many prompts as another: what was left of the rollouts at the end.
+
+    The start, which comes first, always stays.
+
+    Example:
+        >>> [len(one["gold"]) for one in without_rest([{"gold": [0.0] * n} for n in (9, 6, 6, 2)])]
+        [9, 6, 6]
+    """
+    most = max(len(one["gold"]) for one in history[1:] or history)
+    return [history[0], *(one for one in history[1:] if 2 * len(one["gold"]) >= most)]
 
 
 def devices_of(module: L.LightningModule) -> list[torch.device]:

@@ -13,13 +13,13 @@ from lightning_rlhf.callbacks.goodhart import finite
 from lightning_rlhf.cli.generate import write_rows
 from lightning_rlhf.cli.goodhart_report import Run, draw, markdown, outcome, read_run
 from lightning_rlhf.cli.pipeline import (
-    PLACEHOLDER,
     LabellingStage,
     Plain,
     Stage,
     TrainingStage,
     begin_anew,
     finish,
+    needed_by,
     plan_of,
     with_texts,
 )
@@ -224,27 +224,6 @@ def stage_name(setting: str, place: int) -> str:
         'worst_of_four_1'
     """
     return f"{re.sub(r'[^0-9A-Za-z]+', '_', setting).strip('_')}_{place}"
-
-
-def needed_by(values: Plain, stages: Mapping[str, Stage]) -> set[str]:
-    """The stages that plain values name, and those that these need in turn.
-
-    Example:
-        >>> reward = TrainingStage(["rm.yaml"], 1, {"model": "${sft}"})
-        >>> stages = {"sft": TrainingStage(["sft.yaml"], 1), "reward": reward, "odin": reward}
-        >>> sorted(needed_by([{"reward": ["${reward}", "${output}"]}], stages))
-        ['reward', 'sft']
-    """
-    found = set(PLACEHOLDER.findall(json.dumps(values)))
-    for name, stage in reversed([*stages.items()]):
-        if name in found:
-            found |= set(PLACEHOLDER.findall(json.dumps(own_values(stage))))
-    return found & stages.keys()
-
-
-def own_values(stage: Stage) -> dict[str, Plain]:
-    """What of a stage may hold placeholders."""
-    return stage.overrides if isinstance(stage, TrainingStage) else stage.label
 
 
 def run_stage(run: TrainingStage, setting: Setting, seed: int, coef: float) -> TrainingStage:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_rlhf.callbacks.held_out import without_rest
 from lightning_rlhf.functional.student_t import student_t_quantile
 
 if TYPE_CHECKING:
@@ -47,13 +48,10 @@ class Run:
 def read_run(setting: str, coef: float, seed: int, folder: Path) -> Run:
     """A run from what its monitor wrote: ``evaluations.json`` and ``goodhart.json`` in a folder.
 
-    An evaluation of less than half as many prompts as another is what was left of the rollouts at the end, and is left
-    out, as the monitor leaves it out where it looks for the best.
+    What was left of the rollouts at the end is left out, as the monitor leaves it out where it looks for the best.
     """
-    history = json.loads((folder / "evaluations.json").read_text())
+    history = without_rest(json.loads((folder / "evaluations.json").read_text()))
     alarms = json.loads((folder / "goodhart.json").read_text())["alarms"]
-    most = max(len(one["gold"]) for one in history[1:] or history)
-    history = [history[0], *(one for one in history[1:] if 2 * len(one["gold"]) >= most)]
     kl, proxy, gold = (
         [torch.tensor(one[name], dtype=torch.float64) for one in history] for name in ("kl", "proxy", "gold")
     )

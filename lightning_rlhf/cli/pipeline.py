@@ -162,6 +162,23 @@ def plan_of(name: str, stages: Mapping[str, Stage], output: Path) -> dict[str, A
     return stages[name].plan(made, f"stage {name}")
 
 
+def needed_by(values: Plain, stages: Mapping[str, Stage]) -> set[str]:
+    """The stages that plain values name, and those that these need in turn.
+
+    Example:
+        >>> reward = TrainingStage(["rm.yaml"], 1, {"model": "${sft}"})
+        >>> stages = {"sft": TrainingStage(["sft.yaml"], 1), "reward": reward, "odin": reward}
+        >>> sorted(needed_by([{"reward": ["${reward}", "${output}"]}], stages))
+        ['reward', 'sft']
+    """
+    found = set(PLACEHOLDER.findall(json.dumps(values)))
+    for name, stage in reversed([*stages.items()]):
+        if name in found:
+            given = stage.overrides if isinstance(stage, TrainingStage) else stage.label
+            found |= set(PLACEHOLDER.findall(json.dumps(given)))
+    return found & stages.keys()
+
+
 def unranked(path: Path) -> int:
     """Rows of ranked data whose ranks are null: nobody has compared them yet."""
     with path.open() as file:

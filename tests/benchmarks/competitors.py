@@ -38,7 +38,7 @@ def ours_in_a_trainer(
     import lightning as L
     from torch.utils.data import DataLoader, Dataset
 
-    module = _module(task)
+    module = module_of(task)
 
     class Served(Dataset):
         """A batch as soon as it is asked for from outside; with a length, so that the Trainer never reads ahead."""
@@ -78,13 +78,21 @@ def ours_in_a_bare_loop(
     task: Task, precision: str, next_batch: NextBatch, done: Callable[[Report], None]
 ) -> None:
     """The same forward, loss, backward and optimizer without Trainer, hooks and metrics."""
+    module = module_of(task)
+    optimizer = adamw(module.policy)
+    while True:
+        batch = next_batch(pack)
+        done((bare_step(module, optimizer, task, precision, batch), len(batch.input_ids)))
+
+
+def bare_step(
+    module: Any, optimizer: torch.optim.Optimizer, task: Task, precision: str, batch: PackedBatch
+) -> float:
+    """Forward, loss, backward and optimizer; returns the loss, summed over the batch."""
     from lightning_rlhf.functional import sum_by_sequence
     from lightning_rlhf.objectives import Completions
 
-    module = _module(task)
-    optimizer = adamw(module.policy)
-
-    def loss_of(batch: PackedBatch) -> Tensor:
+    def loss_of() -> Tensor:
         tokens = module.policy(batch, with_entropy=True)
         if task == "sft":
             return -tokens.logprobs.sum()
@@ -92,14 +100,12 @@ def ours_in_a_bare_loop(
         ref_logps = module.reference(batch)
         return module.objective(Completions(logps, batch.target_lengths, ref_logps).pairs()).sum()
 
-    while True:
-        batch = next_batch(pack)
-        with _autocast(precision):
-            loss = loss_of(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        done((loss.item(), len(batch.input_ids)))
+    with _autocast(precision):
+        loss = loss_of()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def _together(groups: Groups) -> tuple[PackedBatch, float]:
@@ -129,7 +135,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
-def _module(task: Task) -> Any:
+def module_of(task: Task) -> Any:
     from lightning_rlhf.algorithms import DPO, KTO, SFT, Optimization, RewardModel
     from lightning_rlhf.objectives import Sigmoid
     from tests.tokenizers import letters

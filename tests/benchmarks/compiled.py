@@ -10,14 +10,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface
 
 from lightning_rlhf.data.packing import PackedBatch, pack
-from lightning_rlhf.functional import sum_by_sequence
 from lightning_rlhf.models import attention
-from lightning_rlhf.objectives import Completions
-from tests.benchmarks.competitors import _module, adamw
+from tests.benchmarks.competitors import adamw, bare_step, module_of
 from tests.benchmarks.workload import load
 
 
@@ -29,7 +27,7 @@ class Side:
     """
 
     def __init__(self, *, compiled: bool) -> None:
-        self.module = _module("dpo")
+        self.module = module_of("dpo")
         self.module.configure_model()
         models: set[nn.Module] = {self.module.policy, *self.module.reference.language_models}
         for model in models:
@@ -40,15 +38,8 @@ class Side:
     def step(self, batch: PackedBatch) -> tuple[float, float]:
         """Loss, and seconds of the processor."""
         began = time.process_time()
-        logps = sum_by_sequence(self.module.policy(batch).logprobs, batch.target_lengths)
-        with torch.no_grad():
-            reference: Tensor = self.module.reference(batch)
-        completions = Completions(logps, batch.target_lengths, reference)
-        loss = self.module.objective(completions.pairs()).sum()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item(), time.process_time() - began
+        loss = bare_step(self.module, self.optimizer, "dpo", "32-true", batch)
+        return loss, time.process_time() - began
 
 
 def main() -> int:
