@@ -19,6 +19,7 @@ from transformers import (
 from lightning_rlhf.generation.choosing import SeededChoice, StopStrings, before_stop, uniform_numbers
 from lightning_rlhf.generation.prefill import sampling_cache
 from lightning_rlhf.models import LanguageModel
+from lightning_rlhf.models.compilation import uncompiled
 from lightning_rlhf.models.modes import in_eval_mode
 from lightning_rlhf.models.sharding import gathered
 
@@ -164,11 +165,11 @@ def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None)
 
 @contextmanager
 def sampling_mode(model: LanguageModel) -> Iterator[None]:
-    """Eval mode and no generation settings but those asked for; afterwards all is as it was."""
+    """Eval mode, layers uncompiled, no generation settings but those asked for; afterwards all is as it was."""
     settings = model.causal_lm.generation_config
     model.causal_lm.generation_config = GenerationConfig()
     try:
-        with in_eval_mode(model):
+        with in_eval_mode(model), uncompiled(model):
             yield
     finally:
         model.causal_lm.generation_config = settings

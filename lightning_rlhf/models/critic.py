@@ -1,6 +1,5 @@
 """The critic: the value of every state of a completion."""
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models.adapters import add_adapter
+from lightning_rlhf.models.compilation import copy_model
 from lightning_rlhf.models.language_model import (
     LanguageModel,
     disable_dropout,
@@ -65,7 +65,7 @@ class Critic(nn.Module):
         self.head = Head(policy.config.get_text_config().hidden_size, std=0.0, bias=True)
         self._policy = (policy,)  # seen, not owned
         if self.kind == "model":
-            own = copy.deepcopy(policy) if settings is None else load_language_model(settings)
+            own = copy_model(policy) if settings is None else load_language_model(settings)
             disable_dropout(own)
             freeze_vocabulary_head(own)
             self.model = own

@@ -58,6 +58,7 @@ class LanguageModel(nn.Module):
         self.layout_reason = "as asked"
         self.is_gathered = False  # see models.sharding
         self.stored: frozenset[str] = frozenset()  # sharded 4-bit weights, which no cast may touch
+        self.compiled_by: str | None = None  # see models.compilation
         self._warned_of_context = False
         self._selective = False
         self.offload: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -75,6 +76,12 @@ class LanguageModel(nn.Module):
     def config(self) -> Any:  # noqa: ANN401 - every architecture has its own class
         """The Transformers configuration."""
         return self.causal_lm.config
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers; none where Transformers does not say what they are."""
+        names = set(self.causal_lm._no_split_modules or ())
+        return [part for part in self.causal_lm.modules() if type(part).__name__ in names]
 
     def _attach(self) -> None:
         from lightning_rlhf.models.probe import why_not_shared_prefix

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_rlhf.models.compilation import compile_layers
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.settings import LoRA, Policy, Quantization
 
@@ -80,7 +81,7 @@ def load_language_model(policy: Policy) -> LanguageModel:
 
 
 def prepare(model: PreTrainedModel, policy: Policy, *, adapter_path: str | None = None) -> LanguageModel:
-    """Give a loaded model its adapter, checkpointing and layout.
+    """Give a loaded model its adapter, checkpointing, layout and compilation.
 
     Args:
         model: The base, changed in place.
@@ -106,6 +107,8 @@ def prepare(model: PreTrainedModel, policy: Policy, *, adapter_path: str | None 
         language_model.enable_gradient_checkpointing(
             selective=policy.gradient_checkpointing == "selective", offload=policy.offload_activations
         )
+    if policy.compile:
+        compile_layers(language_model)
     return language_model
 
 

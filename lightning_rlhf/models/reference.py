@@ -1,6 +1,5 @@
 """The reference policy of a KL anchor: explicit, and asserted to equal the policy at step 0."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import TokenComparison, compare_logprobs, sum_by_sequence
 from lightning_rlhf.models.adapters import copy_adapter, is_fresh
+from lightning_rlhf.models.compilation import copy_model
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import POLICY_ADAPTER
 from lightning_rlhf.models.settings import changes_base
@@ -57,7 +57,7 @@ class Reference(nn.Module):
         # The policy is seen, not owned: it must not appear twice among the parameters.
         self._policy = (policy,)
         if self.kind == "model":
-            self.model = (copy.deepcopy(policy) if model is None else model).requires_grad_(False)
+            self.model = (copy_model(policy) if model is None else model).requires_grad_(False)
         elif self.kind == "adapter" and isinstance(policy.model, PeftModel):
             copy_adapter(policy.model, REFERENCE_ADAPTER, trainable=False)
 

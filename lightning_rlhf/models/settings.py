@@ -110,6 +110,8 @@ class Policy:
         gradient_checkpointing: Compute activations again in the backward instead of keeping them. ``selective`` keeps
             the results of attention and of the products with the weights, and computes only the rest again.
         offload_activations: Hold the inputs that checkpointed layers keep in the host's memory; a CPU has no other.
+        compile: Run the decoder layers through ``torch.compile``, but for the attention of packed rows, and not while
+            samples are drawn. The first steps take minutes.
         trust_remote_code: Run code that comes with the model.
     """
 
@@ -120,6 +122,7 @@ class Policy:
     layout: Layout = "shared_prefix"
     gradient_checkpointing: Checkpointing = False
     offload_activations: bool = False
+    compile: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -134,6 +137,11 @@ class Policy:
             raise ValueError(
                 "policy.offload_activations moves what checkpointed layers keep: set policy.gradient_checkpointing: "
                 "true as well"
+            )
+        if self.compile and self.gradient_checkpointing == "selective":
+            raise ValueError(
+                "policy.compile merges the products that policy.gradient_checkpointing: selective keeps: set that to "
+                "true or false, or policy.compile to false"
             )
         for name, value, kind in (
             ("lora", self.lora, LoRA),

@@ -68,15 +68,13 @@ def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: If Transformers does not say which modules are the model's layers.
     """
-    names = set(model.causal_lm._no_split_modules or ())
-    layers = [part for part in model.causal_lm.modules() if type(part).__name__ in names]
-    if not layers:
+    if not model.layers:
         raise ValueError(
             f"{type(model.causal_lm).__name__} does not say what its layers are (_no_split_modules): it cannot be "
             "sharded. Use DDP"
         )
     model.stored = frozenset(_quantized(model))
-    for layer in layers:
+    for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("hidden_states", "touch"):

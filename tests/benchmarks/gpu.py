@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         assets=assets,
         cap=options.cap,
         checkpointing={"true": True, "false": False}.get(options.checkpointing, options.checkpointing),
+        compile=options.compile,
         num_epochs=options.epochs,
         trl_ppo=str(options.trl_ppo or ""),
     )
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=1, help="of PPO")
     parser.add_argument("--cap", type=float, default=0.0, metavar="GIB", help="of the GPU's memory")
     parser.add_argument("--checkpointing", choices=["true", "false", "selective"], default="true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of our decoder layers")
     parser.add_argument("--trl-ppo", type=Path, metavar="FOLDER", default=os.environ.get("TRL_PPO"))
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write every number")
@@ -177,6 +179,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{table}\n\n{machine['name']}, {machine['date']}; {versions}. A {shape} {family} of random weights in nf4, "
         f"LoRA of rank 16 on all linear layers, paged 8-bit AdamW; {rows} prompts a step, tokens {lengths}; gradient "
         f"checkpointing {settings['checkpointing']}"
+        + ("; our layers compiled" if settings["compile"] else "")
         + (f"; at most {settings['cap']:g} GiB" if settings["cap"] else "")
         + f". A matrix product in bfloat16: {machine['matmul_flops'] / 1e12:,.1f} TFLOP/s. Where a cell has two "
         "numbers, ours comes first; model FLOPs are the same for both sides, recomputation not counted."

@@ -93,9 +93,10 @@ def _made(old: Any, device: str) -> Any:
     return bnb.nn.Params4bit(weight.normal_(std=0.02), requires_grad=False, **settings).to(device)
 
 
-def policy(shape: str, device: str, checkpointing: bool | str) -> LanguageModel:
+def policy(shape: str, device: str, checkpointing: bool | str, *, compile: bool = False) -> LanguageModel:
     """Ours: the base with a fresh adapter."""
-    return prepare(base(shape, device), Policy(shape, lora=LoRA(), gradient_checkpointing=checkpointing))
+    settings = Policy(shape, lora=LoRA(), gradient_checkpointing=checkpointing, compile=compile)
+    return prepare(base(shape, device), settings)
 
 
 def write_reward(model: LanguageModel, folder: Path) -> str:

@@ -43,6 +43,7 @@ class Spec:
         assets: Folder of the real data that gives the lengths; none for fixed ones.
         cap: GiB of the GPU that may be used; 0 for all.
         checkpointing: Of both sides; TRL knows no selective one, and takes all.
+        compile: Our decoder layers.
         num_epochs: Of PPO.
         trl_ppo: Folder of the TRL that still has PPO.
     """
@@ -58,6 +59,7 @@ class Spec:
     assets: str = ""
     cap: float = 0.0
     checkpointing: bool | str = True
+    compile: bool = False
     num_epochs: int = 1
     trl_ppo: str = ""
 
@@ -178,7 +180,7 @@ def _module(spec: Spec, folder: Path) -> Any:
     from lightning_rlhf.objectives import Sigmoid
     from lightning_rlhf.rewards import RewardModelReward
 
-    model = gpu_models.policy(spec.shape, spec.device, spec.checkpointing)
+    model = gpu_models.policy(spec.shape, spec.device, spec.checkpointing, compile=spec.compile)
     common: dict[str, Any] = {"tokenizer": letters(), "optimization": _optimization()}
     if spec.task == "ppo":
         reward = RewardModelReward(gpu_models.write_reward(model, folder), letters(), share_base=True)

@@ -54,6 +54,8 @@ OTHER_NUMBERS = (
     "SFT-lora-ddp",
 )
 FROM_ONE = "from-one"
+# Compiled layers; minutes of compilation, so in a launch of their own.
+COMPILED = ("DPO-full-ddp-compiled", "PPO-lora-fsdp2-checkpointing-compiled")
 SLOW = sorted((EVERY - PAIRWISE) | OPTIONS | HALF)
 
 
@@ -105,6 +107,11 @@ def quick(llama_dir, place, single):
 @pytest.fixture(scope="module")
 def slow(llama_dir, place):
     return launch(SLOW, llama_dir, place / "slow")
+
+
+@pytest.fixture(scope="module")
+def compiled(llama_dir, place):
+    return launch(COMPILED, llama_dir, place / "compiled")
 
 
 def close(found, expected):
@@ -199,6 +206,12 @@ def test_every_cell(name, slow, single, place, tmp_path):
     check(name, slow[name], single)
     if name in EVERY:
         check_export(name, place / "slow", single, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_layers_change_nothing(name, compiled, single):
+    check(name, compiled[name], single)
 
 
 @pytest.mark.parametrize("name", OTHER_NUMBERS)

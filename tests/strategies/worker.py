@@ -89,6 +89,7 @@ def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
         lora=lora,
         quantization=NF4 if cell.weights == "nf4" else None,
         gradient_checkpointing="checkpointing" in cell.options,
+        compile="compiled" in cell.options,
     )
     settings: dict[str, Any] = {"optimization": Optimization(lr=1e-3, schedule="constant")}
     ppo = {
