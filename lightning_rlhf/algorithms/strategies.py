@@ -95,8 +95,10 @@ def scale_gradients(strategy: Strategy, optimizer: Optimizer, scale: float) -> N
         scale: The factor.
     """
     if isinstance(strategy, DeepSpeedStrategy):
-        # It hands no gradient out, and divides by its loss scale when it takes the step.
+        # It hands no gradient out, and divides by its loss scale when it takes the step. It has divided losses by the
+        # number of micro-batches, as Lightning has before it: twice.
         zero: Any = strategy.optimizers[0]
+        scale *= strategy.deepspeed_engine.gradient_accumulation_steps()
         zero.override_loss_scale(zero.loss_scaler.loss_scale / scale)
         return
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
