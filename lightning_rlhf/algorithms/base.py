@@ -26,6 +26,7 @@ from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer
 from lightning_rlhf.algorithms.strategies import (
     ends_step,
     keeps_gradients,
+    require_storage,
     require_whole_steps,
     require_whole_weights,
     scale_gradients,
@@ -104,6 +105,8 @@ class Algorithm(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what a strategy cannot do here."""
         require_whole_weights(self.trainer.strategy)
+        if self.policy_settings is not None:
+            require_storage(self.trainer, self.policy_settings.quantization)
 
     def on_train_start(self) -> None:
         """Refuse steps that a strategy would count in another way than the Trainer."""

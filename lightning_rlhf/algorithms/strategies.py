@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ParallelStrategy, Strategy
 from torch.optim import Optimizer
 
+from lightning_rlhf.models.settings import Quantization
+
 
 def require_whole_weights(strategy: Strategy) -> None:
     """Refuse the stages of DeepSpeed that nothing here is written for.
@@ -28,6 +30,28 @@ def require_whole_weights(strategy: Strategy) -> None:
             f"DeepSpeed's ZeRO stage is {stage}: stage 3 splits weights up before they are loaded, and without ZeRO "
             "nothing is spread at all. Set stage: 2 or stage: 1; to spread weights too, use ModelParallelStrategy "
             "(recipes/overlays/fsdp2.yaml)"
+        )
+
+
+def require_storage(trainer: L.Trainer, quantization: Quantization | None) -> None:
+    """Refuse 4-bit weights in a storage that DeepSpeed would round, as if it held numbers.
+
+    Args:
+        trainer: Of the run.
+        quantization: Of the policy.
+
+    Raises:
+        ValueError: If the storage is of another dtype than DeepSpeed's.
+    """
+    if not keeps_gradients(trainer.strategy) or quantization is None or quantization.bits != 4:
+        return
+    bits, _, _ = trainer.precision.partition("-")
+    wanted = {"bf16": "bfloat16", "16": "float16", "32": "float32"}[bits]
+    if quantization.compute_dtype != wanted:
+        raise ValueError(
+            f"DeepSpeed casts all weights to {wanted} under precision {trainer.precision!r}, and 4-bit weights are "
+            f"stored as {quantization.compute_dtype}, of which nothing would be left: set "
+            f"quantization.compute_dtype: {wanted}"
         )
 
 

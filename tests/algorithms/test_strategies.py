@@ -9,11 +9,13 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning_rlhf.algorithms.strategies import (
     clip_by_strategy,
     keeps_gradients,
+    require_storage,
     require_whole_steps,
     require_whole_weights,
     scale_gradients,
     unscale_losses,
 )
+from lightning_rlhf.models import Quantization
 
 
 class Zero(SimpleNamespace):
@@ -44,6 +46,21 @@ def test_stages_that_leave_weights_whole_are_taken(stage):
 def test_other_stages_are_refused(config):
     with pytest.raises(ValueError, match=r"ZeRO stage is [03].*Set stage: 2"):
         require_whole_weights(deepspeed(**config))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-mixed", "bfloat16"), ("bf16-true", "bfloat16"), ("32-true", "float32")]
+)
+def test_four_bits_are_stored_as_deepspeed_has_its_weights(precision, dtype):
+    run = SimpleNamespace(strategy=deepspeed(), precision=precision)
+    for other in {"bfloat16", "float16", "float32"} - {dtype}:
+        quantization = Quantization(compute_dtype=other)
+        with pytest.raises(ValueError, match=f"set quantization.compute_dtype: {dtype}"):
+            require_storage(run, quantization)
+        require_storage(SimpleNamespace(strategy=DDPStrategy(), precision=precision), quantization)
+    require_storage(run, Quantization(compute_dtype=dtype))
+    require_storage(run, Quantization(bits=8, compute_dtype="float16"))
+    require_storage(run, None)
 
 
 @pytest.mark.parametrize("batches", [4, float("inf")])

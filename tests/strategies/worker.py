@@ -88,10 +88,12 @@ class Losses(Callback):
 
 def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
     lora = None if cell.weights == "full" else LoRA(r=2, init="gaussian")
+    casts = cell.strategy.startswith("zero") and "bf16_true" in cell.options
+    quantization = Quantization(compute_dtype="bfloat16") if casts else NF4
     policy = Policy(
         model_dir,
         lora=lora,
-        quantization=NF4 if cell.weights == "nf4" else None,
+        quantization=quantization if cell.weights == "nf4" else None,
         gradient_checkpointing="checkpointing" in cell.options,
     )
     settings: dict[str, Any] = {"optimization": Optimization(lr=1e-3, schedule="constant")}
