@@ -13,7 +13,7 @@ import torch
 
 from tests.processes import run_module
 from tests.strategies.test_matrix import Runs, check, check_export, exported, launch
-from tests.strategies.zero import CLIP, SGD, accumulated
+from tests.strategies.zero import CLIP, SGD, accumulated, validated
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
 pytestmark = pytest.mark.timeout(1200)
@@ -94,6 +94,11 @@ def test_in_stage_1_ranks_may_have_other_numbers_of_micro_batches(two):
         whole, cut = rank["by tokens"]
         assert (whole - cut).norm() < 1e-5 * whole.norm()
     assert two["zero"][0]["micro-batches"] != two["zero"][1]["micro-batches"]
+
+
+def test_validation_alone(two, llama_dir):
+    expected = pytest.approx(validated(llama_dir), rel=1e-5)
+    assert [rank["validated"] for rank in two["zero"]] == [expected, expected]
 
 
 def test_gradients_are_clipped(two):

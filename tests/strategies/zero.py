@@ -18,6 +18,13 @@ from tests.algorithms.conftest import random_groups
 from tests.algorithms.rollouts import Waves, prompts
 
 SMALL = {"allgather_bucket_size": 1_000_000, "reduce_bucket_size": 1_000_000}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
 CLIP = 0.01
 SGD = Optimization(name="sgd", lr=0.5, schedule="constant")
 
@@ -84,16 +91,20 @@ def fit(module, loader, strategy="auto", *callbacks, **settings):
     trainer = L.Trainer(
         devices=1 if strategy == "auto" else int(os.environ.get("WORLD_SIZE", 1)),
         strategy=strategy,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
+        **QUIET,
         callbacks=[start, *callbacks],
         **settings,
     )
     trainer.fit(module, loader)
     return trainer, start.vector(module) - start.before
+
+
+def validated(model_dir, strategy="auto"):
+    """The loss on texts that nothing was learned from."""
+    world = 1 if strategy == "auto" else int(os.environ.get("WORLD_SIZE", 1))
+    trainer = L.Trainer(devices=world, strategy=strategy, **QUIET)
+    (found,) = trainer.validate(SFT(model_dir), texts(8, 4 // world, world), verbose=False)
+    return found["val/loss"]
 
 
 def texts(count, batch_size, world=1):
@@ -142,6 +153,7 @@ def cases(model_dir):
             fit(small(micro_batch_tokens=budget), own_prompts(4), ZeroOnCPU(stage=1), passes, max_steps=1)[1],
         ],
         "micro-batches": passes.count,
+        "validated": validated(model_dir, ZeroOnCPU()),
         "accumulated": [
             accumulated(model_dir, ZeroOnCPU(stage=stage), accumulate_grad_batches=2) for stage in (1, 2)
         ],
