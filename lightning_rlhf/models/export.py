@@ -128,10 +128,8 @@ def read_checkpoint(path: Path, *, weights: bool = True) -> dict[str, Any]:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise ValueError(f"{path} is not a readable checkpoint: {str(error)[:200]}") from error
-    if (
-        isinstance(content, dict) and "algorithm" in content and "module" in content
-    ):  # DeepSpeed's name for it
-        content["state_dict"] = {**content["module"], **content["beside_parameters"]}
+    if isinstance(content, dict) and isinstance(content.get("module"), dict):  # DeepSpeed's name for it
+        content["state_dict"] = {**content["module"], **content.get("beside_parameters", {})}
     if not isinstance(content, dict) or "algorithm" not in content or "state_dict" not in content:
         raise ValueError(f"{path} is no checkpoint of a lightning_rlhf module")
     return content
