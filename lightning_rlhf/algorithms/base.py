@@ -23,7 +23,15 @@ from lightning_rlhf.algorithms.checkpoints import (
     shapes,
 )
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
-from lightning_rlhf.algorithms.strategies import keeps_gradients, mean_over_ranks
+from lightning_rlhf.algorithms.strategies import (
+    ends_step,
+    keeps_gradients,
+    require_storage,
+    require_whole_steps,
+    require_whole_weights,
+    scale_gradients,
+    unscale_losses,
+)
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import Mean, Total
 from lightning_rlhf.models import LanguageModel, Policy, load_language_model, load_tokenizer
@@ -94,6 +102,16 @@ class Algorithm(L.LightningModule):
 
     # --- building -------------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Refuse what a strategy cannot do here."""
+        require_whole_weights(self.trainer.strategy)
+        if self.policy_settings is not None:
+            require_storage(self.trainer, self.policy_settings.quantization)
+
+    def on_train_start(self) -> None:
+        """Refuse steps that a strategy would count in another way than the Trainer."""
+        require_whole_steps(self.trainer)
+
     def configure_model(self) -> None:
         """Load the policy, once: Lightning calls this inside the strategy's context."""
         if "policy" not in self._modules and self.policy_settings is not None:
@@ -156,7 +174,7 @@ class Algorithm(L.LightningModule):
             batch: Where they come from.
 
         Returns:
-            The sum of the losses; where a strategy keeps the gradients to itself (DeepSpeed), their mean over ranks.
+            The sum of the losses.
         """
         self._counted = self._counted + losses.numel()
         self._rows.extend(batch.row_ids)
@@ -166,12 +184,16 @@ class Algorithm(L.LightningModule):
         """Further losses of tokens or pairs that :meth:`step_mean` has counted: their sum."""
         total = losses.sum()
         self._loss_sum = self._loss_sum + total.detach()
-        if self._trainer is not None and keeps_gradients(self.trainer.strategy):
-            return mean_over_ranks(losses, self.trainer.world_size)
         return total
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Let the gradients of a step add up as they are."""
+        unscale_losses(self.trainer.strategy)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the gradient of Lightning's scaled sum into that of the mean, and stop on a non-finite loss."""
+        if not ends_step(self.trainer.strategy):
+            return
         reshard(self)  # gathered weights would be those of before the step
         window = torch.stack(
             [
@@ -185,13 +207,12 @@ class Algorithm(L.LightningModule):
         if not torch.isfinite(window[1]):
             self._stop_on_non_finite(loss_sum)
         self._counted, self._loss_sum, self._rows, self._stepped = 0, 0.0, [], True
-        if keeps_gradients(self.trainer.strategy):
-            return  # they are of the mean already
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(counted, 1)
-        gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
-        torch._foreach_mul_(gradients, scale)
+        scale_gradients(self.trainer.strategy, optimizer, scale)
+        self.end_step()
+
+    def end_step(self) -> None:
+        """What an algorithm does when all micro-batches of a step are over."""
 
     def _stop_on_non_finite(self, loss: float) -> NoReturn:
         checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -295,32 +316,40 @@ class Algorithm(L.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     @property
+    def _strategy_keeps_states(self) -> bool:
+        return self._trainer is not None and keeps_gradients(self.trainer.strategy)
+
+    @property
     def strict_loading(self) -> bool:
-        """As in Lightning; False under FSDP2, which would ask for frozen bases: :meth:`on_load_checkpoint` looks."""
-        return self.device_mesh is None and super().strict_loading
+        """As in Lightning; False where the strategy would ask for frozen weights: :meth:`on_load_checkpoint` looks."""
+        loads_itself = self.device_mesh is not None or self._strategy_keeps_states
+        return not loads_itself and super().strict_loading
 
     @strict_loading.setter
     def strict_loading(self, strict: bool) -> None:
         L.LightningModule.strict_loading.fset(self, strict)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which algorithm this is, and what FSDP2 needs to go on from it."""
+        """Write down which algorithm this is, and what FSDP2 and DeepSpeed need to go on from it."""
         checkpoint["algorithm"] = type(self).__name__
         state = self.state_dict()
         checkpoint["shapes"] = shapes(state)
-        beside = beside_parameters(state, dict(self.named_parameters()))
+        frozen_too = not self._strategy_keeps_states
+        parameters = [n for n, p in self.named_parameters() if p.requires_grad or frozen_too]
+        beside = beside_parameters(state, parameters)
         if self._trainer is not None:  # of all ranks: the first one takes it all when it goes on
             beside[NUM_TOKENS] = self.trainer.strategy.reduce(self.num_tokens.total.clone(), reduce_op="sum")
         checkpoint["beside_parameters"] = beside
         states = checkpoint.get("optimizer_states", [])
-        if states and isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        by_place = not self._strategy_keeps_states  # DeepSpeed's strategy is a DDPStrategy as well
+        if states and by_place and isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             checkpoint["optimizer_states"] = [
                 by_parameter(optimizer_state, optimizer.param_groups, self.parameters())
                 for optimizer_state, optimizer in zip(states, self.trainer.optimizers, strict=True)
             ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another algorithm; under FSDP2, load what a strategy leaves out.
+        """Refuse the checkpoint of another algorithm; under FSDP2 and DeepSpeed, load what they leave out.
 
         Raises:
             ValueError: If it is one.
@@ -335,7 +364,7 @@ class Algorithm(L.LightningModule):
         beside = checkpoint["beside_parameters"]
         if self._trainer is not None and not self.trainer.is_global_zero:
             beside[NUM_TOKENS] = torch.zeros_like(beside[NUM_TOKENS])
-        if self.device_mesh is not None:
+        if self.device_mesh is not None or self._strategy_keeps_states:
             require_fit(shapes(self.state_dict()), checkpoint["shapes"], type(self).__name__)
             here = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in beside.items()}
             super().load_state_dict(here, strict=False)

@@ -153,9 +153,8 @@ class DPO(Referenced):
         """The implicit reward of every completion, ``(N,)``; see :meth:`score`."""
         return self.score(batch)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Also let the rewards of this step count in their running mean."""
-        super().on_before_optimizer_step(optimizer)
+    def end_step(self) -> None:
+        """Let the rewards of this step count in their running mean."""
         if self.reward_mean is not None:
             self.reward_mean.commit()
 

@@ -109,7 +109,8 @@ class Online(Referenced):
         self.reward.attach(self.policy, self.tokenizer)
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy under which nothing can be sampled."""
+        """Also refuse a strategy under which nothing can be sampled."""
+        super().setup(stage)
         require_sampling(self.trainer, type(self).__name__)
 
     # --- a rollout ------------------------------------------------------------------------------------------------

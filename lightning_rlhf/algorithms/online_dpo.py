@@ -180,9 +180,8 @@ class OnlineDPO(Online):
         self.reference.follow()
         self.reference_step = self.global_step
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Also end the rollout: all batches of a step are one."""
-        super().on_before_optimizer_step(optimizer)
+    def end_step(self) -> None:
+        """End the rollout: all batches of a step are one."""
         self.num_rollouts += 1
         if self.reward_mean is not None:
             self.reward_mean.commit()

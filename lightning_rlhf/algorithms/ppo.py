@@ -1,7 +1,7 @@
 """Proximal policy optimisation against a reward, with a KL anchor; also RLOO, GRPO and REINFORCE."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from lightning_rlhf.algorithms.online import Online, require_prompts
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.rollout import Micro, Rollout, shuffled
 from lightning_rlhf.algorithms.rollout_steps import require_equal_passes, require_whole_rollouts, total_steps
+from lightning_rlhf.algorithms.strategies import clip_by_strategy, reduces_every_backward, unsynchronised
 from lightning_rlhf.algorithms.update import Update
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.mix import PRETRAIN, PROMPTS
@@ -141,13 +142,19 @@ class PPO(Online):
         if self.estimator.needs_values:
             self.critic = Critic(self.policy, self.critic_kind, self.policy_settings)
 
+    def setup(self, stage: str) -> None:
+        """Also clip where only the strategy can."""
+        super().setup(stage)
+        clip_by_strategy(self.trainer.strategy, self.update.max_grad_norm)
+
     # --- a rollout and what is learned from it --------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> None:
         """Sample, score, estimate advantages, optimise."""
         rollout = self.sample(self.prompts_of(batch))
         text = self.text_of(batch)
-        require_equal_passes(self.trainer, len(rollout), self.update, sharded=self.device_mesh is not None)
+        sharded = self.device_mesh is not None or reduces_every_backward(self.trainer.strategy)
+        require_equal_passes(self.trainer, len(rollout), self.update, sharded=sharded)
         self.rollout_size = len(rollout)
         rewards = self.score("train", rollout.samples)
         known = self.evaluate(rollout)
@@ -242,7 +249,7 @@ class PPO(Online):
             chunks = rollout.cut(minibatch, self.update.micro_batch_size, self.update.micro_batch_tokens)
             for chunk in chunks:
                 micro = rollout.select(chunk, tokens).to(self.device)
-                with nullcontext() if chunk is chunks[-1] else self.unsynchronised():
+                with nullcontext() if chunk is chunks[-1] else unsynchronised(self.trainer.strategy):
                     moved.append(self.backward_micro(micro))
             optimizer.step()
             optimizer.zero_grad()
@@ -347,7 +354,7 @@ class PPO(Online):
         # The gradient of a step is divided by what was counted of the rollout: so this mean is multiplied by it.
         by_sequence = self.update.average == "sequences"
         counted = len(minibatch) if by_sequence else sum(rollout.lengths[index] for index in minibatch)
-        with self.unsynchronised():
+        with unsynchronised(self.trainer.strategy):
             self.manual_backward(self.update.pretrain_coef * counted * losses.mean())
 
     def assert_ratio_is_one(self, logprobs: Tensor, old_logprobs: Tensor) -> None:
@@ -363,11 +370,6 @@ class PPO(Online):
             )
 
     # --- steps ----------------------------------------------------------------------------------------------------
-
-    def unsynchronised(self) -> AbstractContextManager[Any]:
-        """Within it, a backward leaves the gradient of this rank alone: it is averaged with the last micro-batch's."""
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The gradient of the mean over the step, stopped where it is not finite, and clipped."""

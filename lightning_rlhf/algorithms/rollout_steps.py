@@ -59,7 +59,7 @@ def passes(size: int, update: Update, *, sharded: bool) -> list[int]:
     """What ranks have to do in step with each other in a pass over a rollout of so many completions.
 
     Returns:
-        A number a minibatch: of its forwards where weights are sharded, since each gathers weights from all ranks.
+        A number a minibatch: of its forwards where weights or gradients are sharded, since each waits for all ranks.
 
     Example:
         >>> passes(7, Update(minibatch_size=4, micro_batch_size=2), sharded=True)
@@ -79,7 +79,7 @@ def require_equal_passes(trainer: L.Trainer, size: int, update: Update, *, shard
         trainer: Of the run.
         size: Completions on this rank.
         update: How they are learned from.
-        sharded: Whether weights are spread over ranks.
+        sharded: Whether weights or gradients are spread over ranks.
 
     Raises:
         ValueError: If ranks would take different numbers of optimizer steps or, where weights are sharded, forwards.
@@ -89,7 +89,8 @@ def require_equal_passes(trainer: L.Trainer, size: int, update: Update, *, shard
     if sharded and update.micro_batch_tokens is not None:
         raise ValueError(
             f"update.micro_batch_tokens is {update.micro_batch_tokens}: by it every rank makes another number of "
-            "forwards, and under FSDP2 each waits for all ranks. Set it to null, and update.micro_batch_size"
+            "forwards, and under FSDP2 and DeepSpeed's stage 2 each waits for all ranks. Set it to null, and "
+            "update.micro_batch_size"
         )
     device = trainer.strategy.root_device
     sizes = torch.tensor([size, -size], device=device)

@@ -1,10 +1,76 @@
 """What Lightning's strategies do that an algorithm has to know, and what it refuses under them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import lightning as L
 import torch
-import torch.distributed as dist
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
-from torch import Tensor
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ParallelStrategy, Strategy
+from torch.optim import Optimizer
+
+from lightning_rlhf.models.settings import Quantization
+
+
+def require_whole_weights(strategy: Strategy) -> None:
+    """Refuse the stages of DeepSpeed that nothing here is written for.
+
+    Args:
+        strategy: Of the run.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return
+    assert strategy.config is not None
+    stage = strategy.config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(
+            f"DeepSpeed's ZeRO stage is {stage}: stage 3 splits weights up before they are loaded, and without ZeRO "
+            "nothing is spread at all. Set stage: 2 or stage: 1; to spread weights too, use ModelParallelStrategy "
+            "(recipes/overlays/fsdp2.yaml)"
+        )
+
+
+def require_storage(trainer: L.Trainer, quantization: Quantization | None) -> None:
+    """Refuse 4-bit weights in a storage that DeepSpeed would round, as if it held numbers.
+
+    Args:
+        trainer: Of the run.
+        quantization: Of the policy.
+
+    Raises:
+        ValueError: If the storage is of another dtype than DeepSpeed's.
+    """
+    if not keeps_gradients(trainer.strategy) or quantization is None or quantization.bits != 4:
+        return
+    bits, _, _ = trainer.precision.partition("-")
+    wanted = {"bf16": "bfloat16", "16": "float16", "32": "float32"}[bits]
+    if quantization.compute_dtype != wanted:
+        raise ValueError(
+            f"DeepSpeed casts all weights to {wanted} under precision {trainer.precision!r}, and 4-bit weights are "
+            f"stored as {quantization.compute_dtype}, of which nothing would be left: set "
+            f"quantization.compute_dtype: {wanted}"
+        )
+
+
+def require_whole_steps(trainer: L.Trainer) -> None:
+    """Refuse a step of micro-batches from two epochs: Lightning and DeepSpeed would count steps differently.
+
+    Args:
+        trainer: About to train.
+
+    Raises:
+        ValueError: If DeepSpeed would make one.
+    """
+    window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if keeps_gradients(trainer.strategy) and batches != float("inf") and batches % window:
+        raise ValueError(
+            f"an epoch has {batches} batches, no multiple of accumulate_grad_batches {window}: DeepSpeed would carry "
+            "the last ones over into the next epoch. Set trainer.limit_train_batches to a multiple, or "
+            "accumulate_grad_batches: 1"
+        )
 
 
 def require_sampling(trainer: L.Trainer, algorithm: str) -> None:
@@ -18,7 +84,7 @@ def require_sampling(trainer: L.Trainer, algorithm: str) -> None:
         ValueError: If ranks would wait for each other's completions, which differ in length.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+    if isinstance(strategy, FSDPStrategy):
         raise ValueError(
             f"{algorithm} samples from its policy, which {type(strategy).__name__} does not hand out whole: use "
             "ModelParallelStrategy (recipes/overlays/fsdp2.yaml) or DDPStrategy (recipes/overlays/ddp.yaml)"
@@ -26,22 +92,78 @@ def require_sampling(trainer: L.Trainer, algorithm: str) -> None:
 
 
 def keeps_gradients(strategy: Strategy) -> bool:
-    """Whether a strategy keeps the gradients to itself, so that they cannot be rescaled before the optimizer."""
+    """Whether a strategy keeps gradients and optimizer states to itself."""
     return isinstance(strategy, DeepSpeedStrategy)
 
 
-def mean_over_ranks(losses: Tensor, world_size: int) -> Tensor:
-    """What gives, averaged over ranks, the mean of the losses on all of them.
+def reduces_every_backward(strategy: Strategy) -> bool:
+    """Whether each backward waits for all ranks, the ones within :func:`unsynchronised` too."""
+    return isinstance(strategy, DeepSpeedStrategy) and bool(
+        strategy.deepspeed_engine.zero_optimization_partition_gradients()
+    )
+
+
+def ends_step(strategy: Strategy) -> bool:
+    """Whether the last backward was that of a step's last micro-batch: DeepSpeed is asked for a step after each."""
+    return not isinstance(strategy, DeepSpeedStrategy) or bool(
+        strategy.deepspeed_engine.is_gradient_accumulation_boundary()
+    )
+
+
+def scale_gradients(strategy: Strategy, optimizer: Optimizer, scale: float) -> None:
+    """Multiply the gradients that the next step is taken with, before they are clipped.
 
     Args:
-        losses: One loss per token or pair, on this rank.
-        world_size: Number of ranks.
-
-    Example:
-        >>> mean_over_ranks(torch.tensor([1.0, 3.0]), 1)
-        tensor(2.)
+        strategy: Of the run.
+        optimizer: What takes the step.
+        scale: The factor.
     """
-    count = torch.tensor(float(losses.numel()), device=losses.device)
-    if world_size > 1:
-        dist.all_reduce(count)
-    return losses.sum() * world_size / count.clamp(min=1)
+    if isinstance(strategy, DeepSpeedStrategy):
+        # It hands no gradient out, and divides by its loss scale when it takes the step. It has divided losses by the
+        # number of micro-batches, as Lightning has before it: twice.
+        zero: Any = strategy.optimizers[0]
+        scale *= strategy.deepspeed_engine.gradient_accumulation_steps()
+        zero.override_loss_scale(zero.loss_scaler.loss_scale / scale)
+        return
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch._foreach_mul_(gradients, scale)
+
+
+def unscale_losses(strategy: Strategy) -> None:
+    """Before a backward: losses are not multiplied by what :func:`scale_gradients` divided the last step by."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        zero: Any = strategy.optimizers[0]
+        zero.override_loss_scale(zero.loss_scaler.loss_scale)
+
+
+def clip_by_strategy(strategy: Strategy, max_norm: float | None) -> None:
+    """Let a strategy that keeps the gradients clip them; it has to be told before it is set up.
+
+    Args:
+        strategy: Of the run.
+        max_norm: None for no limit.
+    """
+    if isinstance(strategy, DeepSpeedStrategy):
+        assert strategy.config is not None
+        strategy.config["gradient_clipping"] = max_norm or 0.0
+
+
+@contextmanager
+def unsynchronised(strategy: Strategy) -> Iterator[None]:
+    """Within it, a backward leaves the gradient of this rank alone: it is averaged with the last micro-batch's.
+
+    Args:
+        strategy: Of the run.
+    """
+    if isinstance(strategy, DeepSpeedStrategy):
+        engine = strategy.deepspeed_engine
+        engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            engine.set_gradient_accumulation_boundary(True)
+    elif isinstance(strategy, ParallelStrategy):
+        with strategy.block_backward_sync():
+            yield
+    else:
+        yield

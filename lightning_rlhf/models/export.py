@@ -25,7 +25,12 @@ from lightning_rlhf.models.loading import (
     trainable_settings,
 )
 from lightning_rlhf.models.settings import Dtype, Policy, changes_base
-from lightning_rlhf.models.sharded_checkpoint import is_sharded_checkpoint, read_sharded
+from lightning_rlhf.models.sharded_checkpoint import (
+    DEEPSPEED,
+    is_deepspeed_checkpoint,
+    is_sharded_checkpoint,
+    read_sharded,
+)
 
 PREFIX = "policy.model."
 """Where a module's state holds the weights of its policy."""
@@ -41,7 +46,7 @@ def export_checkpoint(
     model directory. The directory appears whole or not at all.
 
     Args:
-        checkpoint: A checkpoint of one of this package's modules, a file or a sharded one's directory.
+        checkpoint: A checkpoint of one of this package's modules, a file or the directory of one of many files.
         output: The directory to make.
         merge: Add the adapter to the base's weights.
         dtype: Of merged or full weights; ``auto`` is the dtype they were trained in, bfloat16 for a quantised base.
@@ -92,7 +97,7 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
 
 def read_checkpoint(path: Path, *, weights: bool = True) -> dict[str, Any]:
-    """Load a checkpoint, one file or a sharded one; nothing in it is executed.
+    """Load a checkpoint, one file or a directory of FSDP2 or DeepSpeed; nothing in it is executed.
 
     Args:
         path: Of the file or directory.
@@ -105,6 +110,8 @@ def read_checkpoint(path: Path, *, weights: bool = True) -> dict[str, Any]:
     """
     if is_sharded_checkpoint(path):
         return read_sharded(path, weights=weights)
+    if is_deepspeed_checkpoint(path):
+        path = path / DEEPSPEED
     if path.is_dir():
         raise ValueError(
             f"{path} is a directory and no sharded checkpoint, or one that was not written to its end; a model "
@@ -121,6 +128,8 @@ def read_checkpoint(path: Path, *, weights: bool = True) -> dict[str, Any]:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise ValueError(f"{path} is not a readable checkpoint: {str(error)[:200]}") from error
+    if isinstance(content, dict) and isinstance(content.get("module"), dict):  # DeepSpeed's name for it
+        content["state_dict"] = {**content["module"], **content.get("beside_parameters", {})}
     if not isinstance(content, dict) or "algorithm" not in content or "state_dict" not in content:
         raise ValueError(f"{path} is no checkpoint of a lightning_rlhf module")
     return content

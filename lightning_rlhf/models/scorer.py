@@ -38,7 +38,9 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """One number each, ``(N,)``, of hidden states ``(N, d)``; in float32 under any autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
+            # DeepSpeed keeps its float32 weights elsewhere, and puts them here in half precision.
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(hidden.float(), self.weight.float(), bias).squeeze(-1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Head":  # noqa: ANN401 - as in nn.Module
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)

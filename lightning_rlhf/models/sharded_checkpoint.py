@@ -1,4 +1,4 @@
-"""A checkpoint that every rank wrote a part of, read by one process: ``save_distributed_checkpoint`` of FSDP2."""
+"""A checkpoint of many files, read by one process: ``save_distributed_checkpoint`` of FSDP2, and DeepSpeed's."""
 
 import pickle
 import warnings
@@ -13,6 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 INDEX, SETTINGS = ".metadata", "meta.pt"
 """PyTorch's index of a sharded checkpoint, and what Lightning writes beside it when all else is written."""
 PREFIX = "state_dict."
+DEEPSPEED, DEEPSPEED_DONE = "checkpoint/mp_rank_00_model_states.pt", "latest"
+"""What DeepSpeed's stages 1 and 2 write but for the optimizer, and the file that is written last."""
 # What an index is made of, in PyTorch 2.13: descriptions, sizes and places, and nothing that does anything.
 _DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -43,6 +45,11 @@ _UNREADABLE = (
 def is_sharded_checkpoint(path: Path) -> bool:
     """Whether a directory is a checkpoint of many files, written to its end."""
     return (path / INDEX).is_file() and (path / SETTINGS).is_file()
+
+
+def is_deepspeed_checkpoint(path: Path) -> bool:
+    """Whether a directory is a checkpoint of DeepSpeed with whole weights, written to its end."""
+    return (path / DEEPSPEED).is_file() and (path / DEEPSPEED_DONE).is_file()
 
 
 def read_sharded(path: Path, *, weights: bool = True) -> dict[str, Any]:

@@ -26,7 +26,16 @@ def checkpoints(module, folder):
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         dcp.save(parts, checkpoint_id=folder / "many.ckpt", no_dist=True)
     torch.save(content, folder / "many.ckpt" / "meta.pt")
-    return folder / "one.ckpt", folder / "many.ckpt"
+    deepspeed(torch.load(folder / "one.ckpt", weights_only=True), folder / "deepspeed.ckpt")
+    return folder / "one.ckpt", folder / "many.ckpt", folder / "deepspeed.ckpt"
+
+
+def deepspeed(content, folder):
+    """What DeepSpeed's stages 1 and 2 write, where frozen weights are left out."""
+    (folder / "checkpoint").mkdir(parents=True)
+    content = {"module": content.pop("state_dict"), "optimizer": None, "dp_world_size": 2, **content}
+    torch.save(content, folder / "checkpoint" / "mp_rank_00_model_states.pt")
+    (folder / "latest").write_text("checkpoint")
 
 
 @pytest.fixture
@@ -45,10 +54,24 @@ def test_it_becomes_the_directory_that_one_file_becomes(algorithm, lora, llama_d
         write(path, output)
         (weights,) = output.glob("*model.safetensors")
         found.append((load_file(weights), {p.name for p in output.iterdir()}))
-    (one, files), (many, same_files) = found
-    assert files == same_files
-    assert one.keys() == many.keys()
-    assert all(torch.equal(one[name], many[name]) for name in one)
+    (one, files), *others = found
+    for many, same_files in others:
+        assert files == same_files
+        assert one.keys() == many.keys()
+        assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_one_of_deepspeed_is_read_only_where_it_was_written_to_its_end(llama_dir, tmp_path):
+    path = checkpoints(SFT(llama_dir), tmp_path)[2]
+    states = path / "checkpoint" / "mp_rank_00_model_states.pt"
+    assert read_checkpoint(path)["state_dict"].keys() == read_checkpoint(states)["state_dict"].keys()
+    (path / "latest").unlink()
+    with pytest.raises(ValueError, match="not written to its end"):
+        read_checkpoint(path)
+    torch.save({"module": {}, "dp_world_size": 1}, states)
+    (path / "latest").touch()
+    with pytest.raises(ValueError, match="no checkpoint of a lightning_rlhf module"):
+        read_checkpoint(path)
 
 
 def test_an_embedding_that_is_the_head_as_well(tmp_path):

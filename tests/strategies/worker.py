@@ -34,6 +34,7 @@ from lightning_rlhf.generation import Sampling, generate
 from lightning_rlhf.models import LoRA, Policy, Quantization
 from tests.algorithms.conftest import labelled, random_groups
 from tests.algorithms.rollouts import Waves, prompts
+from tests.strategies.zero import ZeroOnCPU, cases
 
 ROWS = 8
 """An optimizer step, all ranks together; an epoch is two of them, and a run two epochs."""
@@ -66,6 +67,9 @@ class Losses(Callback):
         self.found, self.norms = [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
+        if isinstance(trainer.strategy, ZeroOnCPU):
+            self.norms = trainer.strategy.norms
+            return
         norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.norms.append(float(whole) * trainer.world_size)  # the ranks' mean so far
@@ -84,10 +88,12 @@ class Losses(Callback):
 
 def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
     lora = None if cell.weights == "full" else LoRA(r=2, init="gaussian")
+    casts = cell.strategy.startswith("zero") and "bf16_true" in cell.options
+    quantization = Quantization(compute_dtype="bfloat16") if casts else NF4
     policy = Policy(
         model_dir,
         lora=lora,
-        quantization=NF4 if cell.weights == "nf4" else None,
+        quantization=quantization if cell.weights == "nf4" else None,
         gradient_checkpointing="checkpointing" in cell.options,
         compile="compiled" in cell.options,
     )
@@ -131,6 +137,8 @@ def strategy_of(cell: Cell, world: int):
             tensor_parallel_size=1,
             save_distributed_checkpoint="sharded" in cell.options,
         )
+    if cell.strategy.startswith("zero"):
+        return ZeroOnCPU(stage=int(cell.strategy[-1]))
     return cell.strategy if world > 1 else "auto"
 
 
@@ -155,7 +163,8 @@ def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None 
     loader = loader_of(cell.algorithm, world)
     trainer.fit(module, loader, loader, ckpt_path=ckpt)
     kept = {p.dtype for p in module.parameters() if p.requires_grad}
-    assert kept == {torch.float32}, kept
+    in_half = "zero" in cell.strategy and "bf16" in cell.name  # the float32 copies are the optimizer's
+    assert kept == {torch.bfloat16 if in_half else torch.float32}, kept
     tokens = int(module.num_tokens.compute())
     return {"losses": losses.found, "norms": losses.norms, "steps": trainer.global_step, "tokens": tokens}
 
@@ -209,6 +218,9 @@ def main(world: int, model_dir: str, folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     if names[0] == "refusals":
         torch.save(refusals(model_dir), folder / f"refusals.{os.environ['RANK']}")
+        names = names[1:]
+    if names[0] == "zero":
+        torch.save(cases(model_dir), folder / f"zero.{os.environ['RANK']}")
         names = names[1:]
     for entry in names:
         name, _, ckpt = entry.partition("=")
