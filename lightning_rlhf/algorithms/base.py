@@ -1,6 +1,6 @@
 """What every algorithm shares: its policy, its optimizer, exact means over a step, metrics and checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, NoReturn, cast
 
@@ -8,7 +8,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.algorithms.checkpoints import (
+    Shapes,
     beside_parameters,
     by_parameter,
     require_fit,
@@ -23,13 +24,14 @@ from lightning_rlhf.algorithms.checkpoints import (
     shapes,
 )
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
-from lightning_rlhf.algorithms.strategies import keeps_gradients, mean_over_ranks
+from lightning_rlhf.algorithms.strategies import keeps_gradients, mean_over_ranks, shards_weights
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import Mean, Total
 from lightning_rlhf.models import LanguageModel, Policy, load_language_model, load_tokenizer
 from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.settings import from_plain
 from lightning_rlhf.models.sharding import data_parallel, reshard, shard_all
+from lightning_rlhf.models.sharding_fsdp1 import WRAPPER, clip_shards, wrap_all
 
 NUM_TOKENS = "num_tokens.total"
 HALF_PRECISION = ("bf16-true", "16-true")
@@ -91,6 +93,7 @@ class Algorithm(L.LightningModule):
         self._loss_sum: Tensor | float = 0.0
         self._rows: list[int] = []
         self._stepped = False
+        self._whole: Shapes | None = None  # what state_dict holds, where FSDP1 flattens weights
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -101,6 +104,24 @@ class Algorithm(L.LightningModule):
             self.on_policy_loaded()
         if self.device_mesh is not None:
             shard_all(self, data_parallel(self.device_mesh))
+        elif self._fsdp1 is not None:
+            self._whole = self._whole or shapes(self.state_dict())
+            wrap_all(self, self._fsdp1.root_device, self._fsdp1.mixed_precision_config)
+
+    @property
+    def _fsdp1(self) -> FSDPStrategy | None:
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return strategy if isinstance(strategy, FSDPStrategy) else None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are spread over ranks, so that every forward waits for all ranks."""
+        return self._trainer is not None and shards_weights(self.trainer.strategy)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:  # noqa: ANN401
+        """By the names that they have under any strategy."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield name.replace(WRAPPER, ""), parameter
 
     def on_policy_loaded(self) -> None:
         """What an algorithm does with the untrained policy, such as making its reference."""
@@ -192,6 +213,18 @@ class Algorithm(L.LightningModule):
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         torch._foreach_mul_(gradients, scale)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As in Lightning, and by norm under FSDP1 as well."""
+        if self._fsdp1 is None or gradient_clip_val is None or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_shards(self.parameters(), gradient_clip_val)
 
     def _stop_on_non_finite(self, loss: float) -> NoReturn:
         checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -289,25 +322,25 @@ class Algorithm(L.LightningModule):
         Raises:
             RuntimeError: If an adapter, head or trained weight is missing, unknown or of another shape.
         """
-        expected, found = shapes(self.state_dict()), shapes(state_dict)
+        expected, found = self._whole or shapes(self.state_dict()), shapes(state_dict)
         require = require_fit if strict else require_shapes
         require(expected, found, type(self).__name__)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     @property
     def strict_loading(self) -> bool:
-        """As in Lightning; False under FSDP2, which would ask for frozen bases: :meth:`on_load_checkpoint` looks."""
-        return self.device_mesh is None and super().strict_loading
+        """As in Lightning; False under FSDP, which would ask for frozen bases: :meth:`on_load_checkpoint` looks."""
+        return not self.is_sharded and super().strict_loading
 
     @strict_loading.setter
     def strict_loading(self, strict: bool) -> None:
         L.LightningModule.strict_loading.fset(self, strict)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which algorithm this is, and what FSDP2 needs to go on from it."""
+        """Write down which algorithm this is, and what FSDP needs to go on from it."""
         checkpoint["algorithm"] = type(self).__name__
-        state = self.state_dict()
-        checkpoint["shapes"] = shapes(state)
+        state = self.state_dict() if self._whole is None else checkpoint["state_dict"]  # gathered already
+        checkpoint["shapes"] = self._whole or shapes(state)
         beside = beside_parameters(state, dict(self.named_parameters()))
         if self._trainer is not None:  # of all ranks: the first one takes it all when it goes on
             beside[NUM_TOKENS] = self.trainer.strategy.reduce(self.num_tokens.total.clone(), reduce_op="sum")
@@ -320,7 +353,7 @@ class Algorithm(L.LightningModule):
             ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another algorithm; under FSDP2, load what a strategy leaves out.
+        """Refuse the checkpoint of another algorithm; under FSDP, load what a strategy leaves out.
 
         Raises:
             ValueError: If it is one.
@@ -335,8 +368,9 @@ class Algorithm(L.LightningModule):
         beside = checkpoint["beside_parameters"]
         if self._trainer is not None and not self.trainer.is_global_zero:
             beside[NUM_TOKENS] = torch.zeros_like(beside[NUM_TOKENS])
-        if self.device_mesh is not None:
-            require_fit(shapes(self.state_dict()), checkpoint["shapes"], type(self).__name__)
+        if self.is_sharded:
+            expected = self._whole or shapes(self.state_dict())
+            require_fit(expected, checkpoint["shapes"], type(self).__name__)
             here = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in beside.items()}
             super().load_state_dict(here, strict=False)
         else:

@@ -167,7 +167,7 @@ class Online(Referenced):
             batch = packed.to(self.device)
             found.append(run(batch))
         assert batch is not None
-        if self.device_mesh is not None:
+        if self.is_sharded:
             most = torch.tensor(len(found), device=self.device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             for _ in range(int(most) - len(found)):

@@ -147,7 +147,7 @@ class PPO(Online):
         """Sample, score, estimate advantages, optimise."""
         rollout = self.sample(self.prompts_of(batch))
         text = self.text_of(batch)
-        require_equal_passes(self.trainer, len(rollout), self.update, sharded=self.device_mesh is not None)
+        require_equal_passes(self.trainer, len(rollout), self.update, sharded=self.is_sharded)
         self.rollout_size = len(rollout)
         rewards = self.score("train", rollout.samples)
         known = self.evaluate(rollout)
@@ -373,9 +373,7 @@ class PPO(Online):
         """The gradient of the mean over the step, stopped where it is not finite, and clipped."""
         super().on_before_optimizer_step(optimizer)
         if self.update.max_grad_norm is not None:
-            self.clip_gradients(
-                optimizer, gradient_clip_val=self.update.max_grad_norm, gradient_clip_algorithm="norm"
-            )
+            self.configure_gradient_clipping(optimizer, self.update.max_grad_norm, "norm")
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """The mean of the elements of a tensor on all ranks, a scalar of its dtype."""

@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
 
@@ -18,11 +18,16 @@ def require_sampling(trainer: L.Trainer, algorithm: str) -> None:
         ValueError: If ranks would wait for each other's completions, which differ in length.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+    if isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
             f"{algorithm} samples from its policy, which {type(strategy).__name__} does not hand out whole: use "
             "ModelParallelStrategy (recipes/overlays/fsdp2.yaml) or DDPStrategy (recipes/overlays/ddp.yaml)"
         )
+
+
+def shards_weights(strategy: Strategy) -> bool:
+    """Whether weights are spread over ranks in units, so that every forward waits for all ranks."""
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
 def keeps_gradients(strategy: Strategy) -> bool:

@@ -16,6 +16,7 @@ from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import POLICY_ADAPTER
 from lightning_rlhf.models.settings import changes_base
 from lightning_rlhf.models.sharding import reshard
+from lightning_rlhf.models.sharding_fsdp1 import vocabulary
 
 ReferenceKind = Literal["base", "adapter", "model", "policy"]
 REFERENCE_ADAPTER = "reference"
@@ -130,15 +131,16 @@ class Reference(nn.Module):
             with self.active() as reference:
                 return reference.logits(hidden)
 
-        return compare_logprobs(
-            hidden,
-            policy.logits,
-            ref_hidden,
-            ref_logits,
-            batch.targets,
-            temperature=temperature,
-            chunk_size=policy.chunk_size,
-        )
+        with vocabulary(policy, *self.language_models):
+            return compare_logprobs(
+                hidden,
+                policy.logits,
+                ref_hidden,
+                ref_logits,
+                batch.targets,
+                temperature=temperature,
+                chunk_size=policy.chunk_size,
+            )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities of whole completions, ``(N,)``, in nats, without gradient."""

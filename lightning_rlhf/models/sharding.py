@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.scorer import Head
+from lightning_rlhf.models.sharding_fsdp1 import is_wrapped, whole
 
 __all__ = ["data_parallel", "gathered", "is_sharded", "reshard", "shard", "shard_all"]
 
@@ -68,13 +69,7 @@ def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: If Transformers does not say which modules are the model's layers.
     """
-    names = set(model.causal_lm._no_split_modules or ())
-    layers = [part for part in model.causal_lm.modules() if type(part).__name__ in names]
-    if not layers:
-        raise ValueError(
-            f"{type(model.causal_lm).__name__} does not say what its layers are (_no_split_modules): it cannot be "
-            "sharded. Use DDP"
-        )
+    layers = model.layers()
     model.stored = frozenset(_quantized(model))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -116,7 +111,11 @@ def gathered(*models: LanguageModel) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for model in models:
-            if is_sharded(model) and not model.is_gathered:
+            if model.is_gathered:
+                continue
+            if is_wrapped(model):
+                stack.enter_context(whole(model))
+            elif is_sharded(model):
                 stack.enter_context(_gathered(model))
         yield
 

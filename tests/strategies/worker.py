@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    OptimStateKeyType,
+    StateDictType,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -59,6 +66,29 @@ class Cell(NamedTuple):
         return "-".join((self.algorithm, self.weights, self.strategy, *self.options))
 
 
+class OnCPU(FSDPStrategy):
+    """FSDP1 where the Trainer refuses it: it asks for exactly that class, or its name.
+
+    Lightning offloads what it saves to the CPU. PyTorch takes that for a copy, which it is not where all is on the CPU
+    already: weights are freed before they are saved, and every state of the optimizer is the last one.
+    """
+
+    def whole(self):
+        here = {"offload_to_cpu": False, "rank0_only": True}
+        configs = FullStateDictConfig(**here), FullOptimStateDictConfig(**here)
+        return FSDP1.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, *configs)
+
+    def lightning_module_state_dict(self):
+        with self.whole():
+            return self.model.state_dict()
+
+    def optimizer_state(self, optimizer):
+        with self.whole():
+            state = FSDP1.optim_state_dict(self.model, optimizer)
+        by_place = OptimStateKeyType.PARAM_ID
+        return FSDP1.rekey_optim_state_dict(state, by_place, self.model) if self.is_global_zero else state
+
+
 class Losses(Callback):
     """What is logged at every step, and how large its gradient was."""
 
@@ -67,6 +97,9 @@ class Losses(Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        if isinstance(trainer.strategy, FSDPStrategy):
+            torch.distributed.all_reduce(square := norm.square())
+            norm = square.sqrt()
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.norms.append(float(whole) * trainer.world_size)  # the ranks' mean so far
 
@@ -130,6 +163,8 @@ def strategy_of(cell: Cell, world: int):
             tensor_parallel_size=1,
             save_distributed_checkpoint="sharded" in cell.options,
         )
+    if cell.strategy == "fsdp1":
+        return OnCPU()
     return cell.strategy if world > 1 else "auto"
 
 
