@@ -24,7 +24,12 @@ from lightning_rlhf.algorithms.checkpoints import (
     shapes,
 )
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
-from lightning_rlhf.algorithms.strategies import keeps_gradients, mean_over_ranks, shards_weights
+from lightning_rlhf.algorithms.strategies import (
+    keeps_gradients,
+    mean_over_ranks,
+    require_plain_checkpoint,
+    shards_weights,
+)
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.metrics import Mean, Total
 from lightning_rlhf.models import LanguageModel, Policy, load_language_model, load_tokenizer
@@ -93,7 +98,7 @@ class Algorithm(L.LightningModule):
         self._loss_sum: Tensor | float = 0.0
         self._rows: list[int] = []
         self._stepped = False
-        self._whole: Shapes | None = None  # what state_dict holds, where FSDP1 flattens weights
+        self._shapes: Shapes | None = None  # of what state_dict holds, where FSDP1 flattens weights
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -105,7 +110,8 @@ class Algorithm(L.LightningModule):
         if self.device_mesh is not None:
             shard_all(self, data_parallel(self.device_mesh))
         elif self._fsdp1 is not None:
-            self._whole = self._whole or shapes(self.state_dict())
+            require_plain_checkpoint(self.trainer.ckpt_path)
+            self._shapes = self._shapes or shapes(self.state_dict())
             wrap_all(self, self._fsdp1.root_device, self._fsdp1.mixed_precision_config)
 
     @property
@@ -135,7 +141,7 @@ class Algorithm(L.LightningModule):
         """
         self._refuse_half_precision_weights()
         self._refuse_endless_schedule()
-        optimizer = build_optimizer(self.named_parameters(), self.optimization)
+        optimizer = build_optimizer(self.named_parameters(), self.optimization, shapes=self._shapes)
         schedule = build_schedule(
             optimizer, self.optimization, lambda: self.trainer.estimated_stepping_batches
         )
@@ -303,15 +309,21 @@ class Algorithm(L.LightningModule):
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
+    @property
+    def loaded_models(self) -> tuple[str, ...]:
+        """How names of models start that are loaded again: of their weights checkpoints hold what is trained."""
+        return ("policy.", "reference.", "critic.model.")
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
-        """Everything but frozen bases and a reference model, which come from where they were loaded."""
+        """Everything but what is frozen of models that come from where they were loaded."""
         state = super().state_dict(*args, **kwargs)
         trained = {
             n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad or is_adapter(n)
         }
-        models = ("policy.", "reference.", "critic.model.")
         return {
-            name: value for name, value in state.items() if name in trained or not name.startswith(models)
+            name: value
+            for name, value in state.items()
+            if name in trained or not name.startswith(self.loaded_models)
         }
 
     def load_state_dict(
@@ -322,7 +334,7 @@ class Algorithm(L.LightningModule):
         Raises:
             RuntimeError: If an adapter, head or trained weight is missing, unknown or of another shape.
         """
-        expected, found = self._whole or shapes(self.state_dict()), shapes(state_dict)
+        expected, found = self._shapes or shapes(self.state_dict()), shapes(state_dict)
         require = require_fit if strict else require_shapes
         require(expected, found, type(self).__name__)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -339,8 +351,8 @@ class Algorithm(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down which algorithm this is, and what FSDP needs to go on from it."""
         checkpoint["algorithm"] = type(self).__name__
-        state = self.state_dict() if self._whole is None else checkpoint["state_dict"]  # gathered already
-        checkpoint["shapes"] = self._whole or shapes(state)
+        state = self.state_dict() if self._shapes is None else checkpoint["state_dict"]  # gathered already
+        checkpoint["shapes"] = self._shapes or shapes(state)
         beside = beside_parameters(state, dict(self.named_parameters()))
         if self._trainer is not None:  # of all ranks: the first one takes it all when it goes on
             beside[NUM_TOKENS] = self.trainer.strategy.reduce(self.num_tokens.total.clone(), reduce_op="sum")
@@ -369,7 +381,7 @@ class Algorithm(L.LightningModule):
         if self._trainer is not None and not self.trainer.is_global_zero:
             beside[NUM_TOKENS] = torch.zeros_like(beside[NUM_TOKENS])
         if self.is_sharded:
-            expected = self._whole or shapes(self.state_dict())
+            expected = self._shapes or shapes(self.state_dict())
             require_fit(expected, checkpoint["shapes"], type(self).__name__)
             here = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in beside.items()}
             super().load_state_dict(here, strict=False)

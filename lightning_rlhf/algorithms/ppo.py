@@ -389,7 +389,10 @@ class PPO(Online):
         lr = self.optimization.lr
         value_lr = lr if self.value_lr is None else self.value_lr
         optimizer = build_optimizer(
-            self.named_parameters(), self.optimization, lambda name: value_lr if is_critic(name) else lr
+            self.named_parameters(),
+            self.optimization,
+            lambda name: value_lr if is_critic(name) else lr,
+            self._shapes,
         )
         schedule = build_schedule(
             optimizer, self.optimization, lambda: total_steps(self.trainer, self.steps_of(self.rollout_size))

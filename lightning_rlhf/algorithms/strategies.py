@@ -1,5 +1,8 @@
 """What Lightning's strategies do that an algorithm has to know, and what it refuses under them."""
 
+import pickle
+from pathlib import Path
+
 import lightning as L
 import torch
 import torch.distributed as dist
@@ -28,6 +31,23 @@ def require_sampling(trainer: L.Trainer, algorithm: str) -> None:
 def shards_weights(strategy: Strategy) -> bool:
     """Whether weights are spread over ranks in units, so that every forward waits for all ranks."""
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+def require_plain_checkpoint(path: str | Path | None) -> None:
+    """Refuse a file that does more than hold weights and settings: Lightning's FSDPStrategy would execute it.
+
+    Args:
+        path: Of a checkpoint to go on from; None for none.
+
+    Raises:
+        ValueError: If it is such a file.
+    """
+    if path is None or not Path(path).is_file():
+        return
+    try:
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than weights and settings: {str(error)[:300]}") from error
 
 
 def keeps_gradients(strategy: Strategy) -> bool:

@@ -5,14 +5,19 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.scorer import Head
 from lightning_rlhf.models.sharding_fsdp1 import is_wrapped, whole
 
-__all__ = ["data_parallel", "gathered", "is_sharded", "reshard", "shard", "shard_all"]
+__all__ = ["data_parallel", "gathered", "is_sharded", "reshard", "shard", "shard_all", "writable"]
 
 
 def shard_all(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -97,6 +102,20 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+@contextmanager
+def writable(*modules: nn.Module) -> Iterator[None]:
+    """Within, weights may be set: shards of FSDP2, and whole ones that become shards again of FSDP1.
+
+    Args:
+        modules: Which share no weights.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            reshard(module)  # else copies of the weights would be changed
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(module))
+        yield
 
 
 @contextmanager

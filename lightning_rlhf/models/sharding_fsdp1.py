@@ -41,6 +41,14 @@ def wrap_all(module: nn.Module, device: torch.device, precision: MixedPrecision 
                     # In float32 whatever the precision, as without FSDP.
                     unit = wrap(child, device_id=device, mixed_precision=None, auto_wrap_policy=None)
                     setattr(part, name, unit)
+    units = (part for part in module.modules() if isinstance(part, FullyShardedDataParallel))
+    inside = {parameter for unit in units for parameter in unit.parameters()}
+    whole = [n for n, p in module.named_parameters() if p.requires_grad and p not in inside]
+    if whole:
+        raise ValueError(
+            f"{whole[:3]} would be trained and are not sharded: FSDP1 averages gradients of language models and heads "
+            "only. Use DDP"
+        )
 
 
 def _wrap_model(model: LanguageModel, device: torch.device, precision: MixedPrecision | None) -> None:

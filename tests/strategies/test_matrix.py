@@ -43,7 +43,7 @@ OPTIONS = {
 }
 HALF = {"DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"}
 # Options that one process trains with as well.
-OF_TRAINING = ("follow", "token")
+OF_TRAINING = ("follow", "token", "decay")
 # Ranks sample other numbers of prompts, to other lengths, after every batch.
 UNEVEN = "SFT-lora-fsdp2-uneven"
 # As one process goes on from a checkpoint of two, and two from one of one, with the same rows a step.

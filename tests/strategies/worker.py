@@ -123,7 +123,8 @@ def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
         quantization=NF4 if cell.weights == "nf4" else None,
         gradient_checkpointing="checkpointing" in cell.options,
     )
-    settings: dict[str, Any] = {"optimization": Optimization(lr=1e-3, schedule="constant")}
+    decay = 0.1 if "decay" in cell.options else 0.0
+    settings: dict[str, Any] = {"optimization": Optimization(lr=1e-3, schedule="constant", weight_decay=decay)}
     ppo = {
         "estimator": GAE(),
         "kl": KLControl(coef=0.1, target=0.01, horizon=50),
@@ -164,7 +165,7 @@ def strategy_of(cell: Cell, world: int):
             save_distributed_checkpoint="sharded" in cell.options,
         )
     if cell.strategy == "fsdp1":
-        return OnCPU()
+        return OnCPU(sharding_strategy="SHARD_GRAD_OP" if "grad_op" in cell.options else "FULL_SHARD")
     return cell.strategy if world > 1 else "auto"
 
 
@@ -198,14 +199,20 @@ class Uneven(Callback):
     """Sample after every batch, as many prompts as the rank is high, one at a time, to lengths that differ."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        before = [p.detach().full_tensor() for p in module.parameters() if p.requires_grad]
+        before = shards(module)
         prompts = [[5, 6, 7], [8], [9, 10]][: 1 + 2 * trainer.global_rank]
         how = Sampling(max_new_tokens=3 + 4 * trainer.global_rank, batch_size=1)
         drawn = list(generate(module.policy, module.tokenizer, prompts, how, seeds=range(len(prompts))))
         assert len(drawn) == len(prompts)
         assert not module.policy.is_gathered
-        after = [p.detach().full_tensor() for p in module.parameters() if p.requires_grad]
+        after = shards(module)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def shards(module: L.LightningModule) -> list[torch.Tensor]:
+    """This rank's part of what is trained."""
+    trained = [p.detach() for p in module.parameters() if p.requires_grad]
+    return [(p.to_local() if isinstance(p, DTensor) else p).clone() for p in trained]
 
 
 def refusals(model_dir: str) -> dict[str, str]:
