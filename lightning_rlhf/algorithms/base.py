@@ -27,7 +27,7 @@ from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer
 from lightning_rlhf.algorithms.strategies import (
     keeps_gradients,
     mean_over_ranks,
-    require_plain_checkpoint,
+    require_fsdp1,
     shards_weights,
 )
 from lightning_rlhf.data.packing import PackedBatch
@@ -110,7 +110,7 @@ class Algorithm(L.LightningModule):
         if self.device_mesh is not None:
             shard_all(self, data_parallel(self.device_mesh))
         elif self._fsdp1 is not None:
-            require_plain_checkpoint(self.trainer.ckpt_path)
+            require_fsdp1(self.trainer, self._fsdp1)
             self._shapes = self._shapes or shapes(self.state_dict())
             wrap_all(self, self._fsdp1.root_device, self._fsdp1.mixed_precision_config)
 

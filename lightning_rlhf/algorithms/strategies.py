@@ -1,13 +1,11 @@
 """What Lightning's strategies do that an algorithm has to know, and what it refuses under them."""
 
-import pickle
-from pathlib import Path
-
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.fsdp import ShardingStrategy
 
 
 def require_sampling(trainer: L.Trainer, algorithm: str) -> None:
@@ -33,21 +31,26 @@ def shards_weights(strategy: Strategy) -> bool:
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
-def require_plain_checkpoint(path: str | Path | None) -> None:
-    """Refuse a file that does more than hold weights and settings: Lightning's FSDPStrategy would execute it.
+def require_fsdp1(trainer: L.Trainer, strategy: FSDPStrategy) -> None:
+    """Refuse settings of FSDP1 under which training would be wrong.
 
     Args:
-        path: Of a checkpoint to go on from; None for none.
+        trainer: Of the run.
+        strategy: The trainer's.
 
     Raises:
-        ValueError: If it is such a file.
+        ValueError: If shards would not be of all ranks, or adapters would be cast to half precision.
     """
-    if path is None or not Path(path).is_file():
-        return
-    try:
-        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than weights and settings: {str(error)[:300]}") from error
+    if strategy.sharding_strategy not in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
+        raise ValueError(
+            f"FSDPStrategy has sharding_strategy {strategy.sharding_strategy.name}, and gradients are clipped by "
+            "shards of all ranks: give FULL_SHARD or SHARD_GRAD_OP, or use DDPStrategy or ModelParallelStrategy"
+        )
+    if str(trainer.precision) in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"precision {trainer.precision!r} casts what is trained under FSDPStrategy: use 32-true, bf16-mixed or "
+            "ModelParallelStrategy (recipes/overlays/fsdp2.yaml)"
+        )
 
 
 def keeps_gradients(strategy: Strategy) -> bool:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.scorer import Head
-from lightning_rlhf.models.sharding_fsdp1 import is_wrapped, whole
+from lightning_rlhf.models.sharding_fsdp1 import unit_of, whole
 
 __all__ = ["data_parallel", "gathered", "is_sharded", "reshard", "shard", "shard_all", "writable"]
 
@@ -132,7 +132,7 @@ def gathered(*models: LanguageModel) -> Iterator[None]:
         for model in models:
             if model.is_gathered:
                 continue
-            if is_wrapped(model):
+            if unit_of(model) is not None:
                 stack.enter_context(whole(model))
             elif is_sharded(model):
                 stack.enter_context(_gathered(model))

@@ -30,10 +30,11 @@ def wrap_all(module: nn.Module, device: torch.device, precision: MixedPrecision 
         precision: Of the strategy.
 
     Raises:
-        ValueError: If a parameter that requires a gradient is in none of them: no rank would average its gradient.
+        ValueError: If a parameter that requires a gradient is in none of them: no rank would average its gradient;
+            or if weights of a model have several dtypes.
     """
     for part in list(module.modules()):
-        if isinstance(part, LanguageModel) and not is_wrapped(part):
+        if isinstance(part, LanguageModel) and unit_of(part) is None:
             _wrap_model(part, device, precision)
         elif not isinstance(part, FullyShardedDataParallel):
             for name, child in part.named_children():
@@ -52,13 +53,17 @@ def wrap_all(module: nn.Module, device: torch.device, precision: MixedPrecision 
 
 
 def _wrap_model(model: LanguageModel, device: torch.device, precision: MixedPrecision | None) -> None:
-    unit = wrap(
-        model.model,
-        device_id=device,
-        auto_wrap_policy=ModuleWrapPolicy({type(layer) for layer in model.layers()}),
-        # Positions are angles in float32, which half precision would round.
-        mixed_precision=None if precision is None else replace(precision, buffer_dtype=None),
-    )
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"FSDP1 keeps weights together in one dtype, and these have {' and '.join(sorted(dtypes))}: give "
+            "policy.dtype: float32, and 4 bits quantization.compute_dtype: float32, or use FSDP2"
+        )
+    # Weights in 4 bits are no numbers to cast, and positions are angles, which half precision would round.
+    is_quantized = getattr(model.config, "quantization_config", None) is not None
+    casts = None if precision is None or is_quantized else replace(precision, buffer_dtype=None)
+    layers = ModuleWrapPolicy({type(layer) for layer in model.layers()})
+    unit = wrap(model.model, device_id=device, auto_wrap_policy=layers, mixed_precision=casts)
     model._modules["model"] = unit
     for name in ("forward", "hidden_states", "of_hidden"):
         setattr(model, name, _within(model, unit, getattr(model, name)))
@@ -71,7 +76,7 @@ def _within(model: LanguageModel, unit: nn.Module, method: Callable[..., Result]
     def run(*args: object, **kwargs: object) -> Result:
         if model.is_gathered:
             return method(*args, **kwargs)
-        inner.forward = partial(method, *args, **kwargs)
+        inner.forward = partial(method, *args, **kwargs)  # type: ignore[method-assign]
         model.is_gathered = True
         try:
             found: Result = unit()
@@ -83,9 +88,10 @@ def _within(model: LanguageModel, unit: nn.Module, method: Callable[..., Result]
     return run
 
 
-def is_wrapped(model: LanguageModel) -> bool:
-    """Whether a model is a unit of FSDP1."""
-    return isinstance(model._modules["model"], FullyShardedDataParallel)
+def unit_of(model: LanguageModel) -> FullyShardedDataParallel | None:
+    """The unit of FSDP1 around a model; None where there is none."""
+    found = model._modules["model"]
+    return found if isinstance(found, FullyShardedDataParallel) else None
 
 
 @contextmanager
@@ -95,7 +101,7 @@ def whole(model: LanguageModel) -> Iterator[None]:
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         model.is_gathered = True
         for unit in units:
-            unit.forward = unit.module.__call__
+            unit.forward = unit.module.__call__  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -109,11 +115,9 @@ def vocabulary(*models: LanguageModel) -> Iterator[None]:
     """The weights outside of layers, which FSDP2 leaves gathered after a forward and FSDP1 does not."""
     with ExitStack() as stack:
         for model in dict.fromkeys(models):
-            if is_wrapped(model) and not model.is_gathered:
-                unit = model._modules["model"]
-                stack.enter_context(
-                    FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False)
-                )
+            unit = unit_of(model)
+            if unit is not None and not model.is_gathered:
+                stack.enter_context(unit.summon_full_params(unit, recurse=False, writeback=False))
         yield
 
 

@@ -67,7 +67,7 @@ class Cell(NamedTuple):
 
 
 class OnCPU(FSDPStrategy):
-    """FSDP1 where the Trainer refuses it: it asks for exactly that class, or its name.
+    """FSDP1 on the CPU: the Trainer refuses exactly its class, and its name.
 
     Lightning offloads what it saves to the CPU. PyTorch takes that for a copy, which it is not where all is on the CPU
     already: weights are freed before they are saved, and every state of the optimizer is the last one.
@@ -93,15 +93,14 @@ class Losses(Callback):
     """What is logged at every step, and how large its gradient was."""
 
     def __init__(self):
-        self.found, self.norms = [], []
+        self.found, self.norms, self.clipped = [], [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        if isinstance(trainer.strategy, FSDPStrategy):
-            torch.distributed.all_reduce(square := norm.square())
-            norm = square.sqrt()
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.norms.append(float(whole) * trainer.world_size)  # the ranks' mean so far
+        self.norms.append(gradient_norm(module) * trainer.world_size)  # the ranks' mean so far
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if module.automatic_optimization:  # else the gradient is gone
+            self.clipped.append(gradient_norm(module))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         # The module logs after the callbacks of a batch's end, so each loss is read at the next start.
@@ -115,6 +114,15 @@ class Losses(Callback):
         trainer.callback_metrics.clear()
 
 
+def gradient_norm(module: L.LightningModule) -> float:
+    """Of the whole gradient, wherever its parts are."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    if isinstance(module.trainer.strategy, FSDPStrategy):
+        torch.distributed.all_reduce(square := norm.square())
+        norm = square.sqrt()
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
     lora = None if cell.weights == "full" else LoRA(r=2, init="gaussian")
     policy = Policy(
@@ -124,7 +132,9 @@ def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
         gradient_checkpointing="checkpointing" in cell.options,
     )
     decay = 0.1 if "decay" in cell.options else 0.0
-    settings: dict[str, Any] = {"optimization": Optimization(lr=1e-3, schedule="constant", weight_decay=decay)}
+    settings: dict[str, Any] = {
+        "optimization": Optimization(lr=1e-3, schedule="constant", weight_decay=decay)
+    }
     ppo = {
         "estimator": GAE(),
         "kl": KLControl(coef=0.1, target=0.01, horizon=50),
@@ -192,7 +202,13 @@ def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None 
     kept = {p.dtype for p in module.parameters() if p.requires_grad}
     assert kept == {torch.float32}, kept
     tokens = int(module.num_tokens.compute())
-    return {"losses": losses.found, "norms": losses.norms, "steps": trainer.global_step, "tokens": tokens}
+    return {
+        "losses": losses.found,
+        "norms": losses.norms,
+        "clipped": losses.clipped,
+        "steps": trainer.global_step,
+        "tokens": tokens,
+    }
 
 
 class Uneven(Callback):
@@ -216,14 +232,21 @@ def shards(module: L.LightningModule) -> list[torch.Tensor]:
 
 
 def refusals(model_dir: str) -> dict[str, str]:
-    """What is refused under FSDP2, and how."""
+    """What is refused under FSDP2 and FSDP1, and how."""
     small = partial(PPO, model_dir, Waves(), sampling=Sampling(max_new_tokens=2))
+    eight_bit = Optimization(name="adamw_8bit")
     modules = {
         "tensor": SFT(model_dir),
-        "8bit": SFT(model_dir, optimization=Optimization(name="adamw_8bit")),
+        "8bit": SFT(model_dir, optimization=eight_bit),
         "odin": RewardModel(model_dir, odin=ODIN()),
         "tokens": small(update=Update(micro_batch_tokens=64)),
         "uneven": small(update=Update(minibatch_size=4)),
+        "fsdp1-8bit": SFT(model_dir, optimization=eight_bit),
+        "fsdp1-odin": RewardModel(model_dir, odin=ODIN()),
+        "fsdp1-tokens": small(update=Update(micro_batch_tokens=64)),
+        "fsdp1-dtypes": SFT(Policy(model_dir, dtype="bfloat16", lora=LoRA(r=2))),
+        "fsdp1-half": SFT(Policy(model_dir, lora=LoRA(r=2))),
+        "fsdp1-whole": SFT(model_dir),
     }
     mine = prompts(3 + 2 * int(os.environ["RANK"]), 8)
     sampler = DistributedSampler(mine.dataset, 1, 0)  # in the name of all ranks, so that Lightning leaves it
@@ -231,9 +254,11 @@ def refusals(model_dir: str) -> dict[str, str]:
     found = {}
     for name, module in modules.items():
         sizes = {} if name == "tensor" else {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        older = OnCPU(sharding_strategy="NO_SHARD" if name == "fsdp1-whole" else "FULL_SHARD")
         trainer = L.Trainer(
             devices=2,
-            strategy=ModelParallelStrategy(**sizes),
+            strategy=older if name.startswith("fsdp1") else ModelParallelStrategy(**sizes),
+            precision="bf16-true" if name == "fsdp1-half" else "32-true",
             max_steps=2,
             enable_checkpointing=False,
             **QUIET,
