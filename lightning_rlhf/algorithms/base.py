@@ -25,6 +25,7 @@ from lightning_rlhf.algorithms.checkpoints import (
 )
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.strategies import (
+    HALF_PRECISION,
     keeps_gradients,
     mean_over_ranks,
     require_fsdp1,
@@ -39,7 +40,6 @@ from lightning_rlhf.models.sharding import data_parallel, reshard, shard_all
 from lightning_rlhf.models.sharding_fsdp1 import WRAPPER, clip_shards, wrap_all
 
 NUM_TOKENS = "num_tokens.total"
-HALF_PRECISION = ("bf16-true", "16-true")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -227,10 +227,10 @@ class Algorithm(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """As in Lightning, and by norm under FSDP1 as well."""
-        if self._fsdp1 is None or gradient_clip_val is None or gradient_clip_algorithm == "value":
+        if self._fsdp1 is None or not gradient_clip_val or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
-            clip_shards(self.parameters(), gradient_clip_val)
+            clip_shards([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
 
     def _stop_on_non_finite(self, loss: float) -> NoReturn:
         checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]

@@ -7,6 +7,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 from torch.distributed.fsdp import ShardingStrategy
 
+HALF_PRECISION = ("bf16-true", "16-true")
+
 
 def require_sampling(trainer: L.Trainer, algorithm: str) -> None:
     """Refuse a strategy under which nothing can be sampled from the policy.
@@ -46,7 +48,7 @@ def require_fsdp1(trainer: L.Trainer, strategy: FSDPStrategy) -> None:
             f"FSDPStrategy has sharding_strategy {strategy.sharding_strategy.name}, and gradients are clipped by "
             "shards of all ranks: give FULL_SHARD or SHARD_GRAD_OP, or use DDPStrategy or ModelParallelStrategy"
         )
-    if str(trainer.precision) in ("bf16-true", "16-true"):
+    if trainer.precision in HALF_PRECISION:
         raise ValueError(
             f"precision {trainer.precision!r} casts what is trained under FSDPStrategy: use 32-true, bf16-mixed or "
             "ModelParallelStrategy (recipes/overlays/fsdp2.yaml)"

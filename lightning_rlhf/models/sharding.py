@@ -93,7 +93,7 @@ def _quantized(model: LanguageModel) -> list[str]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are spread over ranks."""
+    """Whether a model's weights are spread over ranks, by FSDP2."""
     return isinstance(model, FSDPModule)
 
 

@@ -47,7 +47,10 @@ OPTIONS = {
     "PPO-full-fsdp1-grad_op",
     "SFT-lora-fsdp1-grad_op",
 }
-HALF = {"DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"}
+HALF = {
+    *("DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"),
+    *("PPO-full-fsdp1-bf16_mixed", "RewardModel-nf4-fsdp1-bf16_mixed"),
+}
 # Options that one process trains with as well.
 OF_TRAINING = ("follow", "token", "decay")
 # Ranks sample other numbers of prompts, to other lengths, after every batch.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
@@ -87,6 +88,13 @@ class OnCPU(FSDPStrategy):
             state = FSDP1.optim_state_dict(self.model, optimizer)
         by_place = OptimStateKeyType.PARAM_ID
         return FSDP1.rekey_optim_state_dict(state, by_place, self.model) if self.is_global_zero else state
+
+
+class HalfOnCPU(FSDPPrecision):
+    """Mixed precision of FSDP1, which is autocast on CUDA whatever the device."""
+
+    def forward_context(self):
+        return torch.autocast("cpu", torch.bfloat16)
 
 
 class Losses(Callback):
@@ -185,11 +193,13 @@ def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None 
     module = module_of(cell, model_dir)
     losses = Losses()
     saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    precision = next((o.replace("_", "-") for o in cell.options if o.startswith("bf16")), "32-true")
+    half = cell.strategy == "fsdp1" and precision == "bf16-mixed"
     trainer = L.Trainer(
         devices=world,
         strategy=strategy_of(cell, world),
         max_epochs=2,
-        precision=next((o.replace("_", "-") for o in cell.options if o.startswith("bf16")), "32-true"),
+        **({"plugins": HalfOnCPU(precision)} if half else {"precision": precision}),
         gradient_clip_val=None if cell.algorithm == "PPO" else 0.01,
         callbacks=[losses, ExactResume(), saver, *([Uneven()] if "uneven" in cell.options else [])],
         log_every_n_steps=1,
