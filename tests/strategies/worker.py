@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
@@ -39,6 +40,7 @@ from lightning_rlhf.algorithms.token_heads import TokenHead
 from lightning_rlhf.callbacks import ExactResume
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling, generate
+from lightning_rlhf.generation.adapter_files import written_adapter
 from lightning_rlhf.models import LoRA, Policy, Quantization
 from tests.algorithms.conftest import labelled, random_groups
 from tests.algorithms.rollouts import Waves, prompts
@@ -231,6 +233,9 @@ class Uneven(Callback):
         drawn = list(generate(module.policy, module.tokenizer, prompts, how, seeds=range(len(prompts))))
         assert len(drawn) == len(prompts)
         assert not module.policy.is_gathered
+        if isinstance(trainer.strategy, FSDPStrategy):
+            with pytest.raises(ValueError, match="sample with HFGenerator"), written_adapter(module.policy):
+                pass
         after = shards(module)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
