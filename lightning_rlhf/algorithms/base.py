@@ -1,6 +1,6 @@
 """What every algorithm shares: its policy, its optimizer, exact means over a step, metrics and checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, NoReturn, cast
 
@@ -8,7 +8,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.algorithms.checkpoints import (
+    Shapes,
     beside_parameters,
     by_parameter,
     require_fit,
@@ -24,12 +25,15 @@ from lightning_rlhf.algorithms.checkpoints import (
 )
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.strategies import (
+    HALF_PRECISION,
     ends_step,
     keeps_gradients,
+    require_fsdp1,
     require_storage,
     require_whole_steps,
     require_whole_weights,
     scale_gradients,
+    shards_weights,
     unscale_losses,
 )
 from lightning_rlhf.data.packing import PackedBatch
@@ -38,9 +42,9 @@ from lightning_rlhf.models import LanguageModel, Policy, load_language_model, lo
 from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.settings import from_plain
 from lightning_rlhf.models.sharding import data_parallel, reshard, shard_all
+from lightning_rlhf.models.sharding_fsdp1 import WRAPPER, clip_shards, wrap_all
 
 NUM_TOKENS = "num_tokens.total"
-HALF_PRECISION = ("bf16-true", "16-true")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -99,6 +103,7 @@ class Algorithm(L.LightningModule):
         self._loss_sum: Tensor | float = 0.0
         self._rows: list[int] = []
         self._stepped = False
+        self._shapes: Shapes | None = None  # of what state_dict holds, where FSDP1 flattens weights
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -119,6 +124,25 @@ class Algorithm(L.LightningModule):
             self.on_policy_loaded()
         if self.device_mesh is not None:
             shard_all(self, data_parallel(self.device_mesh))
+        elif self._fsdp1 is not None:
+            require_fsdp1(self.trainer, self._fsdp1)
+            self._shapes = self._shapes or shapes(self.state_dict())
+            wrap_all(self, self._fsdp1.root_device, self._fsdp1.mixed_precision_config)
+
+    @property
+    def _fsdp1(self) -> FSDPStrategy | None:
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return strategy if isinstance(strategy, FSDPStrategy) else None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are spread over ranks, so that every forward waits for all ranks."""
+        return self._trainer is not None and shards_weights(self.trainer.strategy)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:  # noqa: ANN401
+        """By the names that they have under any strategy."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield name.replace(WRAPPER, ""), parameter
 
     def on_policy_loaded(self) -> None:
         """What an algorithm does with the untrained policy, such as making its reference."""
@@ -132,7 +156,7 @@ class Algorithm(L.LightningModule):
         """
         self._refuse_half_precision_weights()
         self._refuse_endless_schedule()
-        optimizer = build_optimizer(self.named_parameters(), self.optimization)
+        optimizer = build_optimizer(self.named_parameters(), self.optimization, shapes=self._shapes)
         schedule = build_schedule(
             optimizer, self.optimization, lambda: self.trainer.estimated_stepping_batches
         )
@@ -214,6 +238,18 @@ class Algorithm(L.LightningModule):
     def end_step(self) -> None:
         """What an algorithm does when all micro-batches of a step are over."""
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As in Lightning, and by norm under FSDP1 as well."""
+        if self._fsdp1 is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_shards([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
+
     def _stop_on_non_finite(self, loss: float) -> NoReturn:
         checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         saved = [path for c in checkpoints for path in (c.last_model_path, c.best_model_path) if path]
@@ -291,15 +327,21 @@ class Algorithm(L.LightningModule):
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
+    @property
+    def loaded_models(self) -> tuple[str, ...]:
+        """How names of models start that are loaded again: of their weights checkpoints hold what is trained."""
+        return ("policy.", "reference.", "critic.model.")
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
-        """Everything but frozen bases and a reference model, which come from where they were loaded."""
+        """Everything but what is frozen of models that come from where they were loaded."""
         state = super().state_dict(*args, **kwargs)
         trained = {
             n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad or is_adapter(n)
         }
-        models = ("policy.", "reference.", "critic.model.")
         return {
-            name: value for name, value in state.items() if name in trained or not name.startswith(models)
+            name: value
+            for name, value in state.items()
+            if name in trained or not name.startswith(self.loaded_models)
         }
 
     def load_state_dict(
@@ -310,7 +352,7 @@ class Algorithm(L.LightningModule):
         Raises:
             RuntimeError: If an adapter, head or trained weight is missing, unknown or of another shape.
         """
-        expected, found = shapes(self.state_dict()), shapes(state_dict)
+        expected, found = self._shapes or shapes(self.state_dict()), shapes(state_dict)
         require = require_fit if strict else require_shapes
         require(expected, found, type(self).__name__)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -322,7 +364,7 @@ class Algorithm(L.LightningModule):
     @property
     def strict_loading(self) -> bool:
         """As in Lightning; False where the strategy would ask for frozen weights: :meth:`on_load_checkpoint` looks."""
-        loads_itself = self.device_mesh is not None or self._strategy_keeps_states
+        loads_itself = self.is_sharded or self._strategy_keeps_states
         return not loads_itself and super().strict_loading
 
     @strict_loading.setter
@@ -330,10 +372,10 @@ class Algorithm(L.LightningModule):
         L.LightningModule.strict_loading.fset(self, strict)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which algorithm this is, and what FSDP2 and DeepSpeed need to go on from it."""
+        """Write down which algorithm this is, and what FSDP and DeepSpeed need to go on from it."""
         checkpoint["algorithm"] = type(self).__name__
-        state = self.state_dict()
-        checkpoint["shapes"] = shapes(state)
+        state = self.state_dict() if self._shapes is None else checkpoint["state_dict"]  # gathered already
+        checkpoint["shapes"] = self._shapes or shapes(state)
         frozen_too = not self._strategy_keeps_states
         parameters = [n for n, p in self.named_parameters() if p.requires_grad or frozen_too]
         beside = beside_parameters(state, parameters)
@@ -349,7 +391,7 @@ class Algorithm(L.LightningModule):
             ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another algorithm; under FSDP2 and DeepSpeed, load what they leave out.
+        """Refuse the checkpoint of another algorithm; under FSDP and DeepSpeed, load what they leave out.
 
         Raises:
             ValueError: If it is one.
@@ -364,8 +406,9 @@ class Algorithm(L.LightningModule):
         beside = checkpoint["beside_parameters"]
         if self._trainer is not None and not self.trainer.is_global_zero:
             beside[NUM_TOKENS] = torch.zeros_like(beside[NUM_TOKENS])
-        if self.device_mesh is not None or self._strategy_keeps_states:
-            require_fit(shapes(self.state_dict()), checkpoint["shapes"], type(self).__name__)
+        if self.is_sharded or self._strategy_keeps_states:
+            expected = self._shapes or shapes(self.state_dict())
+            require_fit(expected, checkpoint["shapes"], type(self).__name__)
             here = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in beside.items()}
             super().load_state_dict(here, strict=False)
         else:

@@ -14,7 +14,6 @@ from lightning_rlhf import functional as RF
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.algorithms.referenced import Referenced
 from lightning_rlhf.algorithms.rollout import Rollout, Scored, prompt_seeds, sample_rollout
-from lightning_rlhf.algorithms.strategies import require_sampling
 from lightning_rlhf.data import PromptBatch
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.functional import TokenComparison
@@ -108,11 +107,6 @@ class Online(Referenced):
         super().on_policy_loaded()
         self.reward.attach(self.policy, self.tokenizer)
 
-    def setup(self, stage: str) -> None:
-        """Also refuse a strategy under which nothing can be sampled."""
-        super().setup(stage)
-        require_sampling(self.trainer, type(self).__name__)
-
     # --- a rollout ------------------------------------------------------------------------------------------------
 
     def sample(self, batch: PromptBatch, sampling: Sampling | None = None) -> Rollout:
@@ -168,7 +162,7 @@ class Online(Referenced):
             batch = packed.to(self.device)
             found.append(run(batch))
         assert batch is not None
-        if self.device_mesh is not None:
+        if self.is_sharded:
             most = torch.tensor(len(found), device=self.device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             for _ in range(int(most) - len(found)):

@@ -201,12 +201,11 @@ class OnlineDPO(Online):
         """Means, and one correlation."""
         return LengthCorrelation() if name == LENGTH_CORRELATION else super().new_metric(name)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
-        """Also the weights of a reference that follows the policy: they are nowhere else."""
-        state = super().state_dict(*args, **kwargs)
-        if self.reference_update_steps is not None and self.reference is not None:
-            state |= {f"reference.{n}": p.detach() for n, p in self.reference.named_parameters()}
-        return state
+    @property
+    def loaded_models(self) -> tuple[str, ...]:
+        """Not the reference where it follows the policy: its weights are nowhere else."""
+        follows = self.reference_update_steps is not None
+        return tuple(name for name in super().loaded_models if not (follows and name == "reference."))
 
     def get_extra_state(self) -> dict[str, int]:
         """Also when the reference became the policy last."""

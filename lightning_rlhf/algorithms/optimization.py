@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,7 @@ def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     settings: Optimization,
     lr_of: Callable[[str], float] | None = None,
+    shapes: Mapping[str, Sequence[int] | None] | None = None,
 ) -> Optimizer:
     """An optimizer over the parameters that require gradients.
 
@@ -71,6 +72,7 @@ def build_optimizer(
         parameters: Names and parameters.
         settings: See :class:`Optimization`.
         lr_of: The learning rate of the parameter of a name, before ``lora_plus_ratio``; by default the settings'.
+        shapes: What the parameters of FSDP1, which are flat shards, are cut from; by default they are whole.
 
     Returns:
         The optimizer; for each rate, one group that decays and one that does not.
@@ -81,15 +83,17 @@ def build_optimizer(
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            if isinstance(parameter, DTensor) and settings.name not in ("adamw", "sgd"):
+            sharded = isinstance(parameter, DTensor) or shapes is not None
+            if sharded and settings.name not in ("adamw", "sgd"):
                 raise ValueError(
                     f"optimization.name is {settings.name!r}, and bitsandbytes cannot update weights that are "
-                    "sharded by FSDP2: use adamw"
+                    "sharded by FSDP: use adamw"
                 )
             lr = settings.lr if lr_of is None else lr_of(name)
             if LORA_B.search(name):
                 lr *= settings.lora_plus_ratio
-            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            shape = parameter.shape if shapes is None else shapes[name] or ()
+            decay = settings.weight_decay if len(shape) >= 2 else 0.0
             grouped.setdefault((lr, decay), []).append(parameter)
     if not grouped:
         raise ValueError("no parameter requires a gradient: there is nothing to train")

@@ -153,7 +153,7 @@ class PPO(Online):
         """Sample, score, estimate advantages, optimise."""
         rollout = self.sample(self.prompts_of(batch))
         text = self.text_of(batch)
-        sharded = self.device_mesh is not None or reduces_every_backward(self.trainer.strategy)
+        sharded = self.is_sharded or reduces_every_backward(self.trainer.strategy)
         require_equal_passes(self.trainer, len(rollout), self.update, sharded=sharded)
         self.rollout_size = len(rollout)
         rewards = self.score("train", rollout.samples)
@@ -375,9 +375,7 @@ class PPO(Online):
         """The gradient of the mean over the step, stopped where it is not finite, and clipped."""
         super().on_before_optimizer_step(optimizer)
         if self.update.max_grad_norm is not None:
-            self.clip_gradients(
-                optimizer, gradient_clip_val=self.update.max_grad_norm, gradient_clip_algorithm="norm"
-            )
+            self.configure_gradient_clipping(optimizer, self.update.max_grad_norm, "norm")
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """The mean of the elements of a tensor on all ranks, a scalar of its dtype."""
@@ -393,7 +391,10 @@ class PPO(Online):
         lr = self.optimization.lr
         value_lr = lr if self.value_lr is None else self.value_lr
         optimizer = build_optimizer(
-            self.named_parameters(), self.optimization, lambda name: value_lr if is_critic(name) else lr
+            self.named_parameters(),
+            self.optimization,
+            lambda name: value_lr if is_critic(name) else lr,
+            self._shapes,
         )
         schedule = build_schedule(
             optimizer, self.optimization, lambda: total_steps(self.trainer, self.steps_of(self.rollout_size))

@@ -141,9 +141,9 @@ class RewardModel(Algorithm):
             ValueError: If there are length heads to be sharded: they need their weights outside of a forward.
         """
         super().configure_model()
-        if self.device_mesh is not None and self.odin is not None:
+        if self.is_sharded and self.odin is not None:
             raise ValueError(
-                "odin does not train under FSDP2 (ModelParallelStrategy): use DDP, or leave odin out"
+                f"odin does not train under {type(self.trainer.strategy).__name__}: use DDP, or leave odin out"
             )
 
     # --- members --------------------------------------------------------------------------------------------------

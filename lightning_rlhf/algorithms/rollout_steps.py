@@ -89,7 +89,7 @@ def require_equal_passes(trainer: L.Trainer, size: int, update: Update, *, shard
     if sharded and update.micro_batch_tokens is not None:
         raise ValueError(
             f"update.micro_batch_tokens is {update.micro_batch_tokens}: by it every rank makes another number of "
-            "forwards, and under FSDP2 and DeepSpeed's stage 2 each waits for all ranks. Set it to null, and "
+            "forwards, and under FSDP and DeepSpeed's stage 2 each waits for all ranks. Set it to null, and "
             "update.micro_batch_size"
         )
     device = trainer.strategy.root_device

@@ -6,10 +6,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
+from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import Optimizer
 
 from lightning_rlhf.models.settings import Quantization
+
+HALF_PRECISION = ("bf16-true", "16-true")
 
 
 def require_whole_weights(strategy: Strategy) -> None:
@@ -73,21 +82,30 @@ def require_whole_steps(trainer: L.Trainer) -> None:
         )
 
 
-def require_sampling(trainer: L.Trainer, algorithm: str) -> None:
-    """Refuse a strategy under which nothing can be sampled from the policy.
+def shards_weights(strategy: Strategy) -> bool:
+    """Whether weights are spread over ranks in units, so that every forward waits for all ranks."""
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+def require_fsdp1(trainer: L.Trainer, strategy: FSDPStrategy) -> None:
+    """Refuse settings of FSDP1 under which training would be wrong.
 
     Args:
         trainer: Of the run.
-        algorithm: The name of what samples.
+        strategy: The trainer's.
 
     Raises:
-        ValueError: If ranks would wait for each other's completions, which differ in length.
+        ValueError: If shards would not be of all ranks, or adapters would be cast to half precision.
     """
-    strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy):
+    if strategy.sharding_strategy not in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
         raise ValueError(
-            f"{algorithm} samples from its policy, which {type(strategy).__name__} does not hand out whole: use "
-            "ModelParallelStrategy (recipes/overlays/fsdp2.yaml) or DDPStrategy (recipes/overlays/ddp.yaml)"
+            f"FSDPStrategy has sharding_strategy {strategy.sharding_strategy.name}, and gradients are clipped by "
+            "shards of all ranks: give FULL_SHARD or SHARD_GRAD_OP, or use DDPStrategy or ModelParallelStrategy"
+        )
+    if trainer.precision in HALF_PRECISION:
+        raise ValueError(
+            f"precision {trainer.precision!r} casts what is trained under FSDPStrategy: use 32-true, bf16-mixed or "
+            "ModelParallelStrategy (recipes/overlays/fsdp2.yaml)"
         )
 
 

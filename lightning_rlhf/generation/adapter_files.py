@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from lightning_rlhf.models import LanguageModel
 from lightning_rlhf.models.sharding import gathered
+from lightning_rlhf.models.sharding_fsdp1 import unit_of
 
 
 @contextmanager
@@ -23,12 +24,18 @@ def written_adapter(model: LanguageModel, parent: str | None = None) -> Iterator
         The directory; None where the model runs as its base alone.
 
     Raises:
-        ValueError: If the model has no adapters: an engine would go on with the weights that it started with.
+        ValueError: If the model has no adapters, or none that are found: an engine would go on with the weights that it
+            started with.
     """
     if not isinstance(model.model, PeftModel):
         raise ValueError(
             "the engine is given LoRA adapters, and this policy has none: train it with lora, or sample with "
             "HFGenerator"
+        )
+    if unit_of(model) is not None:
+        raise ValueError(
+            "the engine is given LoRA adapters by PEFT, which finds none under FSDP1 (FSDPStrategy): train under "
+            "another strategy, or sample with HFGenerator"
         )
     name = model.active_adapter
     if name is None:

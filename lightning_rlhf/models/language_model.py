@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from lightning_rlhf.data.packing import PackedBatch, PaddedBatch
@@ -48,12 +49,10 @@ class LanguageModel(nn.Module):
         torch.Size([3])
     """
 
-    model: PreTrainedModel | PeftModel
-
     def __init__(self, model: PreTrainedModel | PeftModel, layout: Layout = "shared_prefix") -> None:
         super().__init__()
         check_choice("layout", layout, Layout)
-        self.model = model
+        self._modules["model"] = model
         self.layout: Layout = layout
         self.layout_reason = "as asked"
         self.is_gathered = False  # see models.sharding
@@ -66,6 +65,13 @@ class LanguageModel(nn.Module):
             self._attach()
 
     @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The Transformers model, or the PEFT model around it; not the unit of FSDP1 that may be around both."""
+        found = self._modules["model"]
+        inner = found.module if isinstance(found, FullyShardedDataParallel) else found
+        return cast(PreTrainedModel | PeftModel, inner)
+
+    @property
     def causal_lm(self) -> PreTrainedModel:
         """The Transformers model, adapters inside its layers."""
         return cast(
@@ -73,15 +79,25 @@ class LanguageModel(nn.Module):
         )
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers.
+
+        Raises:
+            ValueError: If Transformers does not say which modules they are.
+        """
+        names = set(self.causal_lm._no_split_modules or ())
+        layers = [part for part in self.causal_lm.modules() if type(part).__name__ in names]
+        if not layers:
+            raise ValueError(
+                f"{type(self.causal_lm).__name__} does not say what its layers are (_no_split_modules): it can be "
+                "neither sharded nor compiled. Use DDP, and policy.compile: false"
+            )
+        return layers
+
+    @property
     def config(self) -> Any:  # noqa: ANN401 - every architecture has its own class
         """The Transformers configuration."""
         return self.causal_lm.config
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The decoder layers; none where Transformers does not say what they are."""
-        names = set(self.causal_lm._no_split_modules or ())
-        return [part for part in self.causal_lm.modules() if type(part).__name__ in names]
 
     def _attach(self) -> None:
         from lightning_rlhf.models.probe import why_not_shared_prefix

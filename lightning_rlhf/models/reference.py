@@ -15,7 +15,8 @@ from lightning_rlhf.models.compilation import copy_model
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import POLICY_ADAPTER
 from lightning_rlhf.models.settings import changes_base
-from lightning_rlhf.models.sharding import reshard
+from lightning_rlhf.models.sharding import writable
+from lightning_rlhf.models.sharding_fsdp1 import vocabulary
 
 ReferenceKind = Literal["base", "adapter", "model", "policy"]
 REFERENCE_ADAPTER = "reference"
@@ -69,8 +70,10 @@ class Reference(nn.Module):
             ValueError: If the reference is the base or the policy itself, or a model of another architecture.
         """
         (policy,) = self._policy
-        for model in (policy, self):
-            reshard(model)  # else copies of the weights would be changed
+        with writable(policy, self):
+            self._copy(policy)
+
+    def _copy(self, policy: LanguageModel) -> None:
         parameters = dict(policy.named_parameters())
         if self.kind == "model":
             pairs = {parameter: parameters.get(name) for name, parameter in self.model.named_parameters()}
@@ -130,15 +133,16 @@ class Reference(nn.Module):
             with self.active() as reference:
                 return reference.logits(hidden)
 
-        return compare_logprobs(
-            hidden,
-            policy.logits,
-            ref_hidden,
-            ref_logits,
-            batch.targets,
-            temperature=temperature,
-            chunk_size=policy.chunk_size,
-        )
+        with vocabulary(policy, *self.language_models):
+            return compare_logprobs(
+                hidden,
+                policy.logits,
+                ref_hidden,
+                ref_logits,
+                batch.targets,
+                temperature=temperature,
+                chunk_size=policy.chunk_size,
+            )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities of whole completions, ``(N,)``, in nats, without gradient."""

@@ -5,13 +5,19 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.scorer import Head
+from lightning_rlhf.models.sharding_fsdp1 import unit_of, whole
 
-__all__ = ["data_parallel", "gathered", "is_sharded", "reshard", "shard", "shard_all"]
+__all__ = ["data_parallel", "gathered", "is_sharded", "reshard", "shard", "shard_all", "writable"]
 
 
 def shard_all(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -68,11 +74,6 @@ def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: If Transformers does not say which modules are the model's layers.
     """
-    if not model.layers:
-        raise ValueError(
-            f"{type(model.causal_lm).__name__} does not say what its layers are (_no_split_modules): it cannot be "
-            "sharded. Use DDP"
-        )
     model.stored = frozenset(_quantized(model))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -91,7 +92,7 @@ def _quantized(model: LanguageModel) -> list[str]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are spread over ranks."""
+    """Whether a model's weights are spread over ranks, by FSDP2."""
     return isinstance(model, FSDPModule)
 
 
@@ -100,6 +101,20 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+@contextmanager
+def writable(*modules: nn.Module) -> Iterator[None]:
+    """Within, weights may be set: shards of FSDP2, and whole ones that become shards again of FSDP1.
+
+    Args:
+        modules: Which share no weights.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            reshard(module)  # else copies of the weights would be changed
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(module))
+        yield
 
 
 @contextmanager
@@ -114,7 +129,11 @@ def gathered(*models: LanguageModel) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for model in models:
-            if is_sharded(model) and not model.is_gathered:
+            if model.is_gathered:
+                continue
+            if unit_of(model) is not None:
+                stack.enter_context(whole(model))
+            elif is_sharded(model):
                 stack.enter_context(_gathered(model))
         yield
 

@@ -1,4 +1,4 @@
-"""Every algorithm × {LoRA, nf4 LoRA, full} × {one process, DDP, FSDP2}: trains, is saved, resumed and exported.
+"""Every algorithm × {LoRA, nf4 LoRA, full} × {one process, DDP, FSDP2, FSDP1}: trains, is saved, resumed, exported.
 
 Each launch of two processes runs many cells, since starting one costs more than a cell. ``make test`` runs a pairwise
 selection, ``make test-all`` every cell.
@@ -20,18 +20,18 @@ from tests.strategies.worker import Cell, run
 pytestmark = pytest.mark.timeout(1200)
 ALGORITHMS = ("SFT", "RewardModel", "DPO", "KTO", "PPO", "OnlineDPO")
 WEIGHTS = ("lora", "nf4", "full")
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp2", "fsdp1")
 # Any two of algorithm, weights and strategy occur together.
 PAIRWISE = {
-    *("SFT-lora-ddp", "SFT-nf4-fsdp2", "SFT-full-fsdp2"),
-    *("RewardModel-lora-fsdp2", "RewardModel-nf4-ddp", "RewardModel-full-ddp"),
-    *("DPO-lora-ddp", "DPO-nf4-ddp", "DPO-full-fsdp2"),
-    *("KTO-lora-fsdp2", "KTO-nf4-fsdp2", "KTO-full-ddp"),
-    *("PPO-lora-ddp", "PPO-nf4-fsdp2", "PPO-full-fsdp2"),
-    *("OnlineDPO-lora-fsdp2", "OnlineDPO-nf4-ddp", "OnlineDPO-full-ddp"),
+    *("SFT-lora-ddp", "SFT-nf4-fsdp1", "SFT-full-fsdp2"),
+    *("RewardModel-lora-fsdp2", "RewardModel-nf4-ddp", "RewardModel-full-fsdp1"),
+    *("DPO-lora-fsdp1", "DPO-nf4-ddp", "DPO-full-fsdp2"),
+    *("KTO-lora-fsdp1", "KTO-nf4-fsdp2", "KTO-full-ddp"),
+    *("PPO-lora-ddp", "PPO-nf4-fsdp2", "PPO-full-fsdp1"),
+    *("OnlineDPO-lora-fsdp2", "OnlineDPO-nf4-ddp", "OnlineDPO-full-fsdp1"),
 }
 # Beside them, in every `make test`.
-QUICK = PAIRWISE | {"RewardModel-full-fsdp2-token"}
+QUICK = PAIRWISE | {"RewardModel-full-fsdp2-token", "DPO-full-fsdp1-decay"}
 EVERY = {"-".join(cell) for cell in itertools.product(ALGORITHMS, WEIGHTS, STRATEGIES)}
 # Beside the matrix: a checkpoint of a file a rank, from which one process exports.
 SHARDED = ("PPO-full-fsdp2-sharded", "RewardModel-lora-fsdp2-sharded", "SFT-lora-fsdp2-sharded")
@@ -40,15 +40,25 @@ OPTIONS = {
     "PPO-lora-fsdp2-checkpointing",
     "OnlineDPO-lora-fsdp2-follow",
     "OnlineDPO-full-fsdp2-follow",
+    "PPO-lora-fsdp1-checkpointing",
+    "OnlineDPO-lora-fsdp1-follow",
+    "OnlineDPO-full-fsdp1-follow",
+    "RewardModel-full-fsdp1-token",
+    "PPO-full-fsdp1-grad_op",
+    "SFT-lora-fsdp1-grad_op",
 }
-HALF = {"DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"}
+HALF = {
+    *("DPO-lora-fsdp2-bf16_true", "PPO-full-fsdp2-bf16_mixed", "RewardModel-nf4-fsdp2-bf16_true"),
+    *("PPO-full-fsdp1-bf16_mixed", "RewardModel-nf4-fsdp1-bf16_mixed"),
+}
 # Options that one process trains with as well.
-OF_TRAINING = ("follow", "token")
+OF_TRAINING = ("follow", "token", "decay")
 # Ranks sample other numbers of prompts, to other lengths, after every batch.
-UNEVEN = "SFT-lora-fsdp2-uneven"
+UNEVEN = ("SFT-lora-fsdp2-uneven", "SFT-lora-fsdp1-uneven")
 # As one process goes on from a checkpoint of two, and two from one of one, with the same rows a step.
 OTHER_NUMBERS = (
     "DPO-full-fsdp2",
+    "PPO-full-fsdp1",
     "PPO-nf4-fsdp2",
     "RewardModel-lora-fsdp2",
     "SFT-lora-ddp",
@@ -101,7 +111,7 @@ def single(llama_dir, place):
 @pytest.fixture(scope="module")
 def quick(llama_dir, place, single):
     from_one = [f"{name}-{FROM_ONE}={single(name)[0] / 'epoch=0.ckpt'}" for name in OTHER_NUMBERS]
-    return launch(["refusals", UNEVEN, *sorted(QUICK), *SHARDED, *from_one], llama_dir, place / "quick")
+    return launch(["refusals", *UNEVEN, *sorted(QUICK), *SHARDED, *from_one], llama_dir, place / "quick")
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +148,7 @@ def check(name, ranks, single):
         assert rank["resumed"]["losses"] == rank["whole"]["losses"][-len(resumed["losses"]) :]
         assert rank["resumed"]["norms"] == rank["whole"]["norms"][-len(resumed["norms"]) :]
     assert len(resumed["losses"]) == 2
+    assert whole["clipped"] == pytest.approx([0.01] * len(whole["clipped"]), rel=1e-3)
 
 
 def exported(checkpoint, output):
@@ -161,7 +172,7 @@ def check_export(name, folder, single, tmp_path):
         assert (value - theirs[key]).norm() < 1e-2 * theirs[key].norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("name", [*sorted(QUICK), *SHARDED, UNEVEN])
+@pytest.mark.parametrize("name", [*sorted(QUICK), *SHARDED, *UNEVEN])
 def test_two_processes_equal_one_and_resume(name, quick, single, place, tmp_path):
     check(name, quick[name], single)
     check_export(name, place / "quick", single, tmp_path)
@@ -190,9 +201,15 @@ def test_one_process_resumes(cell, single, llama_dir, tmp_path):
     [
         ("tensor", "tensor_parallel_size 2.*data_parallel_size: 2 and tensor_parallel_size: 1"),
         ("8bit", "optimization.name is 'adamw_8bit'.*use adamw"),
-        ("odin", "odin does not train under FSDP2"),
+        ("odin", "odin does not train under ModelParallelStrategy"),
         ("tokens", "update.micro_batch_tokens is 64.*Set it to null"),
         ("uneven", "a rank has 5 completions in this rollout and another 3.*drop_last: true"),
+        ("fsdp1-8bit", "optimization.name is 'adamw_8bit'.*use adamw"),
+        ("fsdp1-odin", "odin does not train under OnCPU"),
+        ("fsdp1-tokens", "update.micro_batch_tokens is 64.*Set it to null"),
+        ("fsdp1-dtypes", "one dtype, and these have bfloat16 and float32.*dtype: float32"),
+        ("fsdp1-half", "'bf16-true' casts what is trained under FSDPStrategy"),
+        ("fsdp1-whole", "sharding_strategy NO_SHARD.*give FULL_SHARD"),
     ],
 )
 def test_what_would_hang_or_be_wrong_is_refused(case, message, quick):

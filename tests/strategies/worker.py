@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    OptimStateKeyType,
+    StateDictType,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -31,6 +40,7 @@ from lightning_rlhf.algorithms.token_heads import TokenHead
 from lightning_rlhf.callbacks import ExactResume
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling, generate
+from lightning_rlhf.generation.adapter_files import written_adapter
 from lightning_rlhf.models import LoRA, Policy, Quantization
 from tests.algorithms.conftest import labelled, random_groups
 from tests.algorithms.rollouts import Waves, prompts
@@ -60,19 +70,52 @@ class Cell(NamedTuple):
         return "-".join((self.algorithm, self.weights, self.strategy, *self.options))
 
 
+class OnCPU(FSDPStrategy):
+    """FSDP1 on the CPU: the Trainer refuses exactly its class, and its name.
+
+    Lightning offloads what it saves to the CPU. PyTorch takes that for a copy, which it is not where all is on the CPU
+    already: weights are freed before they are saved, and every state of the optimizer is the last one.
+    """
+
+    def whole(self):
+        here = {"offload_to_cpu": False, "rank0_only": True}
+        configs = FullStateDictConfig(**here), FullOptimStateDictConfig(**here)
+        return FSDP1.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, *configs)
+
+    def lightning_module_state_dict(self):
+        with self.whole():
+            return self.model.state_dict()
+
+    def optimizer_state(self, optimizer):
+        with self.whole():
+            state = FSDP1.optim_state_dict(self.model, optimizer)
+        by_place = OptimStateKeyType.PARAM_ID
+        return FSDP1.rekey_optim_state_dict(state, by_place, self.model) if self.is_global_zero else state
+
+
+class HalfOnCPU(FSDPPrecision):
+    """Mixed precision of FSDP1, which is autocast on CUDA whatever the device."""
+
+    def forward_context(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+
 class Losses(Callback):
     """What is logged at every step, and how large its gradient was."""
 
     def __init__(self):
-        self.found, self.norms = [], []
+        self.found, self.norms, self.clipped = [], [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if isinstance(trainer.strategy, ZeroOnCPU):
             self.norms = trainer.strategy.norms
             return
-        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.norms.append(float(whole) * trainer.world_size)  # the ranks' mean so far
+        self.norms.append(gradient_norm(module) * trainer.world_size)  # the ranks' mean so far
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        # Of manual steps the gradient is gone, and DeepSpeed has it.
+        if module.automatic_optimization and not isinstance(trainer.strategy, ZeroOnCPU):
+            self.clipped.append(gradient_norm(module))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         # The module logs after the callbacks of a batch's end, so each loss is read at the next start.
@@ -86,6 +129,15 @@ class Losses(Callback):
         trainer.callback_metrics.clear()
 
 
+def gradient_norm(module: L.LightningModule) -> float:
+    """Of the whole gradient, wherever its parts are."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    if isinstance(module.trainer.strategy, FSDPStrategy):
+        torch.distributed.all_reduce(square := norm.square())
+        norm = square.sqrt()
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
     lora = None if cell.weights == "full" else LoRA(r=2, init="gaussian")
     casts = cell.strategy.startswith("zero") and "bf16_true" in cell.options
@@ -97,7 +149,10 @@ def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
         gradient_checkpointing="checkpointing" in cell.options,
         compile="compiled" in cell.options,
     )
-    settings: dict[str, Any] = {"optimization": Optimization(lr=1e-3, schedule="constant")}
+    decay = 0.1 if "decay" in cell.options else 0.0
+    settings: dict[str, Any] = {
+        "optimization": Optimization(lr=1e-3, schedule="constant", weight_decay=decay)
+    }
     ppo = {
         "estimator": GAE(),
         "kl": KLControl(coef=0.1, target=0.01, horizon=50),
@@ -139,6 +194,8 @@ def strategy_of(cell: Cell, world: int):
         )
     if cell.strategy.startswith("zero"):
         return ZeroOnCPU(stage=int(cell.strategy[-1]))
+    if cell.strategy == "fsdp1":
+        return OnCPU(sharding_strategy="SHARD_GRAD_OP" if "grad_op" in cell.options else "FULL_SHARD")
     return cell.strategy if world > 1 else "auto"
 
 
@@ -148,11 +205,13 @@ def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None 
     module = module_of(cell, model_dir)
     losses = Losses()
     saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    precision = next((o.replace("_", "-") for o in cell.options if o.startswith("bf16")), "32-true")
+    half = cell.strategy == "fsdp1" and precision == "bf16-mixed"
     trainer = L.Trainer(
         devices=world,
         strategy=strategy_of(cell, world),
         max_epochs=2,
-        precision=next((o.replace("_", "-") for o in cell.options if o.startswith("bf16")), "32-true"),
+        **({"plugins": HalfOnCPU(precision)} if half else {"precision": precision}),
         gradient_clip_val=None if cell.algorithm == "PPO" else 0.01,
         callbacks=[losses, ExactResume(), saver, *([Uneven()] if "uneven" in cell.options else [])],
         log_every_n_steps=1,
@@ -166,32 +225,54 @@ def run(cell: Cell, model_dir: str, folder: Path, world: int, ckpt: Path | None 
     in_half = "zero" in cell.strategy and "bf16" in cell.name  # the float32 copies are the optimizer's
     assert kept == {torch.bfloat16 if in_half else torch.float32}, kept
     tokens = int(module.num_tokens.compute())
-    return {"losses": losses.found, "norms": losses.norms, "steps": trainer.global_step, "tokens": tokens}
+    return {
+        "losses": losses.found,
+        "norms": losses.norms,
+        "clipped": losses.clipped,
+        "steps": trainer.global_step,
+        "tokens": tokens,
+    }
 
 
 class Uneven(Callback):
     """Sample after every batch, as many prompts as the rank is high, one at a time, to lengths that differ."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        before = [p.detach().full_tensor() for p in module.parameters() if p.requires_grad]
+        before = shards(module)
         prompts = [[5, 6, 7], [8], [9, 10]][: 1 + 2 * trainer.global_rank]
         how = Sampling(max_new_tokens=3 + 4 * trainer.global_rank, batch_size=1)
         drawn = list(generate(module.policy, module.tokenizer, prompts, how, seeds=range(len(prompts))))
         assert len(drawn) == len(prompts)
         assert not module.policy.is_gathered
-        after = [p.detach().full_tensor() for p in module.parameters() if p.requires_grad]
+        if isinstance(trainer.strategy, FSDPStrategy):
+            with pytest.raises(ValueError, match="sample with HFGenerator"), written_adapter(module.policy):
+                pass
+        after = shards(module)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def shards(module: L.LightningModule) -> list[torch.Tensor]:
+    """This rank's part of what is trained."""
+    trained = [p.detach() for p in module.parameters() if p.requires_grad]
+    return [(p.to_local() if isinstance(p, DTensor) else p).clone() for p in trained]
+
+
 def refusals(model_dir: str) -> dict[str, str]:
-    """What is refused under FSDP2, and how."""
+    """What is refused under FSDP2 and FSDP1, and how."""
     small = partial(PPO, model_dir, Waves(), sampling=Sampling(max_new_tokens=2))
+    eight_bit = Optimization(name="adamw_8bit")
     modules = {
         "tensor": SFT(model_dir),
-        "8bit": SFT(model_dir, optimization=Optimization(name="adamw_8bit")),
+        "8bit": SFT(model_dir, optimization=eight_bit),
         "odin": RewardModel(model_dir, odin=ODIN()),
         "tokens": small(update=Update(micro_batch_tokens=64)),
         "uneven": small(update=Update(minibatch_size=4)),
+        "fsdp1-8bit": SFT(model_dir, optimization=eight_bit),
+        "fsdp1-odin": RewardModel(model_dir, odin=ODIN()),
+        "fsdp1-tokens": small(update=Update(micro_batch_tokens=64)),
+        "fsdp1-dtypes": SFT(Policy(model_dir, dtype="bfloat16", lora=LoRA(r=2))),
+        "fsdp1-half": SFT(Policy(model_dir, lora=LoRA(r=2))),
+        "fsdp1-whole": SFT(model_dir),
     }
     mine = prompts(3 + 2 * int(os.environ["RANK"]), 8)
     sampler = DistributedSampler(mine.dataset, 1, 0)  # in the name of all ranks, so that Lightning leaves it
@@ -199,9 +280,11 @@ def refusals(model_dir: str) -> dict[str, str]:
     found = {}
     for name, module in modules.items():
         sizes = {} if name == "tensor" else {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        older = OnCPU(sharding_strategy="NO_SHARD" if name == "fsdp1-whole" else "FULL_SHARD")
         trainer = L.Trainer(
             devices=2,
-            strategy=ModelParallelStrategy(**sizes),
+            strategy=older if name.startswith("fsdp1") else ModelParallelStrategy(**sizes),
+            precision="bf16-true" if name == "fsdp1-half" else "32-true",
             max_steps=2,
             enable_checkpointing=False,
             **QUIET,
