@@ -1,5 +1,6 @@
 """Models: loading, LoRA and quantisation, shared-prefix attention, the reference, export."""
 
+from lightning_rlhf.models.compilation import compile_layers
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.loading import load_base, load_language_model, load_tokenizer
 from lightning_rlhf.models.reference import Reference
@@ -17,6 +18,7 @@ __all__ = [
     "Reference",
     "ScoreHead",
     "Scorer",
+    "compile_layers",
     "load_base",
     "load_language_model",
     "load_scorer",

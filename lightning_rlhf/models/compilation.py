@@ -29,6 +29,16 @@ def compile_layers(model: LanguageModel, backend: str = "inductor") -> None:
 
     Raises:
         ValueError: If Transformers does not say which modules are the model's layers.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LanguageModel(LlamaForCausalLM(config))
+        >>> compile_layers(model)
+        >>> model.compiled_by
+        'inductor'
     """
     opaque = torch.compiler.disable(
         attention.shared_prefix_attention, reason="segments differ in every batch"
