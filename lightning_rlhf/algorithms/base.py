@@ -1,39 +1,29 @@
-"""What every algorithm shares: its policy, its optimizer, exact means over a step, metrics and checkpoints."""
+"""What every algorithm shares: its policy, its optimizer, exact means over a step, and metrics."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, NoReturn, cast
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_rlhf.algorithms.checkpoints import (
-    Shapes,
-    beside_parameters,
-    by_parameter,
-    require_fit,
-    require_shapes,
-    shapes,
-)
+from lightning_rlhf.algorithms.checkpointed import Checkpointed
+from lightning_rlhf.algorithms.checkpoints import shapes
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.strategies import (
     HALF_PRECISION,
     ends_step,
-    keeps_gradients,
     require_fsdp1,
     require_storage,
     require_whole_steps,
     require_whole_weights,
     scale_gradients,
-    shards_weights,
     unscale_losses,
 )
 from lightning_rlhf.data.packing import PackedBatch
@@ -42,16 +32,14 @@ from lightning_rlhf.models import LanguageModel, Policy, load_language_model, lo
 from lightning_rlhf.models.language_model import is_adapter
 from lightning_rlhf.models.settings import from_plain
 from lightning_rlhf.models.sharding import data_parallel, reshard, shard_all
-from lightning_rlhf.models.sharding_fsdp1 import WRAPPER, clip_shards, wrap_all
-
-NUM_TOKENS = "num_tokens.total"
+from lightning_rlhf.models.sharding_fsdp1 import clip_shards, wrap_all
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss of an optimizer step was nan or infinite; the message names step, rows and the last checkpoint."""
 
 
-class Algorithm(L.LightningModule):
+class Algorithm(Checkpointed):
     """Base of all algorithms: a LightningModule around a policy.
 
     Subclasses write ``losses``, and a ``training_step`` that returns ``self.step_mean(self.losses(…), batch)``.
@@ -66,7 +54,6 @@ class Algorithm(L.LightningModule):
     clip_remedy = "set gradient_clip_val"
     policy: LanguageModel
     tokenizer: PreTrainedTokenizerBase
-    num_tokens: Total
 
     def __init__(
         self,
@@ -103,7 +90,6 @@ class Algorithm(L.LightningModule):
         self._loss_sum: Tensor | float = 0.0
         self._rows: list[int] = []
         self._stepped = False
-        self._shapes: Shapes | None = None  # of what state_dict holds, where FSDP1 flattens weights
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -128,21 +114,6 @@ class Algorithm(L.LightningModule):
             require_fsdp1(self.trainer, self._fsdp1)
             self._shapes = self._shapes or shapes(self.state_dict())
             wrap_all(self, self._fsdp1.root_device, self._fsdp1.mixed_precision_config)
-
-    @property
-    def _fsdp1(self) -> FSDPStrategy | None:
-        strategy = None if self._trainer is None else self.trainer.strategy
-        return strategy if isinstance(strategy, FSDPStrategy) else None
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether weights are spread over ranks, so that every forward waits for all ranks."""
-        return self._trainer is not None and shards_weights(self.trainer.strategy)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:  # noqa: ANN401
-        """By the names that they have under any strategy."""
-        for name, parameter in super().named_parameters(*args, **kwargs):
-            yield name.replace(WRAPPER, ""), parameter
 
     def on_policy_loaded(self) -> None:
         """What an algorithm does with the untrained policy, such as making its reference."""
@@ -324,95 +295,6 @@ class Algorithm(L.LightningModule):
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rewards/accuracies"), batch_size=1)
         return values
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------
-
-    @property
-    def loaded_models(self) -> tuple[str, ...]:
-        """How names of models start that are loaded again: of their weights checkpoints hold what is trained."""
-        return ("policy.", "reference.", "critic.model.")
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
-        """Everything but what is frozen of models that come from where they were loaded."""
-        state = super().state_dict(*args, **kwargs)
-        trained = {
-            n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad or is_adapter(n)
-        }
-        return {
-            name: value
-            for name, value in state.items()
-            if name in trained or not name.startswith(self.loaded_models)
-        }
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:  # noqa: ANN401
-        """Load what :meth:`state_dict` saved; the frozen base is not expected.
-
-        Raises:
-            RuntimeError: If an adapter, head or trained weight is missing, unknown or of another shape.
-        """
-        expected, found = self._shapes or shapes(self.state_dict()), shapes(state_dict)
-        require = require_fit if strict else require_shapes
-        require(expected, found, type(self).__name__)
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-    @property
-    def _strategy_keeps_states(self) -> bool:
-        return self._trainer is not None and keeps_gradients(self.trainer.strategy)
-
-    @property
-    def strict_loading(self) -> bool:
-        """As in Lightning; False where the strategy would ask for frozen weights: :meth:`on_load_checkpoint` looks."""
-        loads_itself = self.is_sharded or self._strategy_keeps_states
-        return not loads_itself and super().strict_loading
-
-    @strict_loading.setter
-    def strict_loading(self, strict: bool) -> None:
-        L.LightningModule.strict_loading.fset(self, strict)  # type: ignore[attr-defined]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which algorithm this is, and what FSDP and DeepSpeed need to go on from it."""
-        checkpoint["algorithm"] = type(self).__name__
-        state = self.state_dict() if self._shapes is None else checkpoint["state_dict"]  # gathered already
-        checkpoint["shapes"] = self._shapes or shapes(state)
-        frozen_too = not self._strategy_keeps_states
-        parameters = [n for n, p in self.named_parameters() if p.requires_grad or frozen_too]
-        beside = beside_parameters(state, parameters)
-        if self._trainer is not None:  # of all ranks: the first one takes it all when it goes on
-            beside[NUM_TOKENS] = self.trainer.strategy.reduce(self.num_tokens.total.clone(), reduce_op="sum")
-        checkpoint["beside_parameters"] = beside
-        states = checkpoint.get("optimizer_states", [])
-        by_place = not self._strategy_keeps_states  # DeepSpeed's strategy is a DDPStrategy as well
-        if states and by_place and isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            checkpoint["optimizer_states"] = [
-                by_parameter(optimizer_state, optimizer.param_groups, self.parameters())
-                for optimizer_state, optimizer in zip(states, self.trainer.optimizers, strict=True)
-            ]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another algorithm; under FSDP and DeepSpeed, load what they leave out.
-
-        Raises:
-            ValueError: If it is one.
-            RuntimeError: If its weights do not fit; see :meth:`load_state_dict`.
-        """
-        found = checkpoint.get("algorithm")
-        if found != type(self).__name__:
-            raise ValueError(
-                f"this is a checkpoint of {found or 'something else'}, not of {type(self).__name__}: to start from "
-                "its weights, export it with `lightning-rlhf export` and give the directory as the policy's path"
-            )
-        beside = checkpoint["beside_parameters"]
-        if self._trainer is not None and not self.trainer.is_global_zero:
-            beside[NUM_TOKENS] = torch.zeros_like(beside[NUM_TOKENS])
-        if self.is_sharded or self._strategy_keeps_states:
-            expected = self._shapes or shapes(self.state_dict())
-            require_fit(expected, checkpoint["shapes"], type(self).__name__)
-            here = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in beside.items()}
-            super().load_state_dict(here, strict=False)
-        else:
-            checkpoint["state_dict"][NUM_TOKENS] = beside[NUM_TOKENS]
 
 
 def metric_key(stage: str, name: str) -> str:
