@@ -65,7 +65,7 @@ OTHER_NUMBERS = (
 )
 FROM_ONE = "from-one"
 # Compiled layers; minutes of compilation, so in a launch of their own.
-COMPILED = ("DPO-full-ddp-compiled", "PPO-lora-fsdp2-checkpointing-compiled")
+COMPILED = ("DPO-full-ddp-compiled", "DPO-lora-fsdp1-compiled", "PPO-lora-fsdp2-checkpointing-compiled")
 SLOW = sorted((EVERY - PAIRWISE) | OPTIONS | HALF)
 
 
