@@ -22,7 +22,7 @@ from lightning_rlhf.algorithms.strategies import (
     require_fsdp1,
     require_storage,
     require_whole_steps,
-    require_whole_weights,
+    require_zero_stage,
     scale_gradients,
     unscale_losses,
 )
@@ -94,8 +94,8 @@ class Algorithm(Checkpointed):
     # --- building -------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse what a strategy cannot do here."""
-        require_whole_weights(self.trainer.strategy)
+        """Refuse what a strategy cannot do here; a subclass's own calls this one."""
+        require_zero_stage(self.trainer.strategy)
         if self.policy_settings is not None:
             require_storage(self.trainer, self.policy_settings.quantization)
 
@@ -182,7 +182,7 @@ class Algorithm(Checkpointed):
         return total
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Let the gradients of a step add up as they are."""
+        """Let the gradients of a step add up as they are, under DeepSpeed; a subclass's own calls this one."""
         unscale_losses(self.trainer.strategy)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

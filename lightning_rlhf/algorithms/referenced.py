@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_rlhf.algorithms.base import Algorithm, as_policy
 from lightning_rlhf.algorithms.optimization import Optimization
 from lightning_rlhf.algorithms.reference_cache import ReferenceCache, summed
+from lightning_rlhf.algorithms.strategies import require_storage
 from lightning_rlhf.data.packing import PackedBatch
 from lightning_rlhf.models import Policy, Reference, load_language_model
 from lightning_rlhf.models.language_model import disable_dropout
@@ -55,6 +56,12 @@ class Referenced(Algorithm):
     def needs_reference(self) -> bool:
         """Whether there is a reference at all."""
         return True
+
+    def setup(self, stage: str) -> None:
+        """Also refuse what a strategy cannot do with another reference."""
+        super().setup(stage)
+        if self.reference_settings is not None:
+            require_storage(self.trainer, self.reference_settings.quantization, of="reference")
 
     def on_policy_loaded(self) -> None:
         """Make the reference from the untrained policy, where one is needed, and switch dropout off in both."""

@@ -21,7 +21,7 @@ from lightning_rlhf.models.settings import Quantization
 HALF_PRECISION = ("bf16-true", "16-true")
 
 
-def require_whole_weights(strategy: Strategy) -> None:
+def require_zero_stage(strategy: Strategy) -> None:
     """Refuse the stages of DeepSpeed that nothing here is written for.
 
     Args:
@@ -42,12 +42,13 @@ def require_whole_weights(strategy: Strategy) -> None:
         )
 
 
-def require_storage(trainer: L.Trainer, quantization: Quantization | None) -> None:
+def require_storage(trainer: L.Trainer, quantization: Quantization | None, of: str = "policy") -> None:
     """Refuse 4-bit weights in a storage that DeepSpeed would round, as if it held numbers.
 
     Args:
         trainer: Of the run.
-        quantization: Of the policy.
+        quantization: Of a model.
+        of: Which model that is.
 
     Raises:
         ValueError: If the storage is of another dtype than DeepSpeed's.
@@ -60,7 +61,7 @@ def require_storage(trainer: L.Trainer, quantization: Quantization | None) -> No
         raise ValueError(
             f"DeepSpeed casts all weights to {wanted} under precision {trainer.precision!r}, and 4-bit weights are "
             f"stored as {quantization.compute_dtype}, of which nothing would be left: set "
-            f"quantization.compute_dtype: {wanted}"
+            f"{of}.quantization.compute_dtype: {wanted}"
         )
 
 
@@ -144,7 +145,8 @@ def scale_gradients(strategy: Strategy, optimizer: Optimizer, scale: float) -> N
         zero.override_loss_scale(zero.loss_scaler.loss_scale / scale)
         return
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    torch._foreach_mul_(gradients, scale)
+    if gradients:  # under FSDP1 a rank's shards may hold nothing that is trained
+        torch._foreach_mul_(gradients, scale)
 
 
 def unscale_losses(strategy: Strategy) -> None:
@@ -160,9 +162,18 @@ def clip_by_strategy(strategy: Strategy, max_norm: float | None) -> None:
     Args:
         strategy: Of the run.
         max_norm: None for no limit.
+
+    Raises:
+        ValueError: If the strategy was told another limit.
     """
     if isinstance(strategy, DeepSpeedStrategy):
         assert strategy.config is not None
+        told = strategy.config.get("gradient_clipping")
+        if told not in (None, 0.0, max_norm):  # 0 is what Lightning puts in
+            raise ValueError(
+                f"the strategy's config has gradient_clipping: {told}, and update.max_grad_norm is {max_norm}: set the "
+                "latter, and leave gradient_clipping out of the config"
+            )
         strategy.config["gradient_clipping"] = max_norm or 0.0
 
 

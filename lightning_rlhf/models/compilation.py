@@ -28,7 +28,8 @@ def compile_layers(model: LanguageModel, backend: str = "inductor") -> None:
         backend: Of ``torch.compile``.
 
     Raises:
-        ValueError: If Transformers does not say which modules are the model's layers.
+        ValueError: If Transformers does not say which modules are the model's layers, or if layers keep the results
+            of some products (``gradient_checkpointing: selective``), which compilation would merge.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,6 +41,12 @@ def compile_layers(model: LanguageModel, backend: str = "inductor") -> None:
         >>> model.compiled_by
         'inductor'
     """
+    if model.is_selective:
+        raise ValueError(
+            "the layers keep the results of some products for the backward (gradient_checkpointing: selective), and "
+            "compilation would merge these: enable_gradient_checkpointing() without selective, or compile nothing"
+        )
+    # For all models of this process: what is not compiled calls the function through it as before.
     opaque = torch.compiler.disable(
         attention.shared_prefix_attention, reason="segments differ in every batch"
     )

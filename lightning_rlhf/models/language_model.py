@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         self.stored: frozenset[str] = frozenset()  # sharded 4-bit weights, which no cast may touch
         self.compiled_by: str | None = None  # see models.compilation
         self._warned_of_context = False
-        self._selective = False
+        self.is_selective = False
         self.offload: Callable[[], AbstractContextManager[Any]] = nullcontext
         if layout == "shared_prefix":
             self._attach()
@@ -337,8 +337,15 @@ class LanguageModel(nn.Module):
         Args:
             selective: Keep the results of attention and of the products with the weights.
             offload: Hold the layers' inputs in the host's memory.
+
+        Raises:
+            ValueError: If the layers are compiled and some results would be kept.
         """
-        self._selective = selective
+        if selective and self.compiled_by is not None:
+            raise ValueError(
+                "the layers are compiled, which merges the products that selective would keep: leave selective out"
+            )
+        self.is_selective = selective
         self.offload = HostMemory if offload else nullcontext
         self.causal_lm.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
@@ -346,7 +353,7 @@ class LanguageModel(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """For the forward of a layer and for computing it again: the role of now. All layers are in the same one."""
-        forward, again = selective_contexts() if self._selective else (nullcontext(), nullcontext())
+        forward, again = selective_contexts() if self.is_selective else (nullcontext(), nullcontext())
         layer = next((m for m in self.modules() if isinstance(m, BaseTunerLayer)), None)
         if layer is None:
             return forward, again

@@ -111,7 +111,7 @@ class Policy:
             the results of attention and of the products with the weights, and computes only the rest again.
         offload_activations: Hold the inputs that checkpointed layers keep in the host's memory; a CPU has no other.
         compile: Run the decoder layers through ``torch.compile``, but for the attention of packed rows, and not while
-            samples are drawn. The first steps take minutes.
+            a generator samples. The first steps take minutes.
         trust_remote_code: Run code that comes with the model.
     """
 

@@ -17,7 +17,7 @@ from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.scorer import Head
 from lightning_rlhf.models.sharding_fsdp1 import unit_of, whole
 
-__all__ = ["data_parallel", "gathered", "is_sharded", "reshard", "shard", "shard_all", "writable"]
+__all__ = ["data_parallel", "gathered", "reshard", "shard", "shard_all", "writable"]
 
 
 def shard_all(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -91,11 +91,6 @@ def _quantized(model: LanguageModel) -> list[str]:
     return [name for name, parameter in model.named_parameters() if isinstance(parameter, Params4bit)]
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are spread over ranks, by FSDP2."""
-    return isinstance(model, FSDPModule)
-
-
 def reshard(module: nn.Module) -> None:
     """Free gathered weights: what is trained or copied next are the shards."""
     for part in module.modules():
@@ -133,7 +128,7 @@ def gathered(*models: LanguageModel) -> Iterator[None]:
                 continue
             if unit_of(model) is not None:
                 stack.enter_context(whole(model))
-            elif is_sharded(model):
+            elif isinstance(model, FSDPModule):
                 stack.enter_context(_gathered(model))
         yield
 

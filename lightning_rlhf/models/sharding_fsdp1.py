@@ -1,6 +1,6 @@
 """FSDP1: language models and heads as units of their own, under Lightning's ``FSDPStrategy`` only."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -121,7 +121,7 @@ def vocabulary(*models: LanguageModel) -> Iterator[None]:
         yield
 
 
-def clip_shards(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+def clip_shards(parameters: Sequence[nn.Parameter], max_norm: float) -> None:
     """Scale gradients down to a norm, that of all ranks' shards together.
 
     Args:
@@ -130,6 +130,7 @@ def clip_shards(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     """
     several = [parameter for parameter in parameters if parameter.grad is not None]
     norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in several if p.grad is not None])
-    square = norm.square()
+    # A rank whose shards hold nothing that is trained has no gradient, and joins with a 0.
+    square = norm.square().to(parameters[0].device)
     dist.all_reduce(square)
     torch.nn.utils.clip_grads_with_norm_(several, max_norm, square.sqrt())

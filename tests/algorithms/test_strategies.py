@@ -11,7 +11,7 @@ from lightning_rlhf.algorithms.strategies import (
     keeps_gradients,
     require_storage,
     require_whole_steps,
-    require_whole_weights,
+    require_zero_stage,
     scale_gradients,
     unscale_losses,
 )
@@ -36,8 +36,8 @@ def deepspeed(**config):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stages_that_leave_weights_whole_are_taken(stage):
-    require_whole_weights(deepspeed(zero_optimization={"stage": stage}))
-    require_whole_weights(DDPStrategy())
+    require_zero_stage(deepspeed(zero_optimization={"stage": stage}))
+    require_zero_stage(DDPStrategy())
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_stages_that_leave_weights_whole_are_taken(stage):
 )
 def test_other_stages_are_refused(config):
     with pytest.raises(ValueError, match=r"ZeRO stage is [03].*Set stage: 2"):
-        require_whole_weights(deepspeed(**config))
+        require_zero_stage(deepspeed(**config))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_four_bits_are_stored_as_deepspeed_has_its_weights(precision, dtype):
     run = SimpleNamespace(strategy=deepspeed(), precision=precision)
     for other in {"bfloat16", "float16", "float32"} - {dtype}:
         quantization = Quantization(compute_dtype=other)
-        with pytest.raises(ValueError, match=f"set quantization.compute_dtype: {dtype}"):
+        with pytest.raises(ValueError, match=f"set policy.quantization.compute_dtype: {dtype}"):
             require_storage(run, quantization)
         require_storage(SimpleNamespace(strategy=DDPStrategy(), precision=precision), quantization)
     require_storage(run, Quantization(compute_dtype=dtype))
@@ -98,3 +98,13 @@ def test_deepspeed_clips_by_its_own_settings(norm, expected):
     assert keeps_gradients(strategy)
     clip_by_strategy(DDPStrategy(), norm)
     assert not keeps_gradients(DDPStrategy())
+    clip_by_strategy(deepspeed(gradient_clipping=0.0), norm)
+    with pytest.raises(ValueError, match="gradient_clipping: 0.1.*update.max_grad_norm is"):
+        clip_by_strategy(deepspeed(gradient_clipping=0.1), norm)
+
+
+def test_nothing_is_scaled_where_a_rank_has_no_gradient():
+    """Under FSDP1 its shards may hold nothing that is trained."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    scale_gradients(DDPStrategy(), torch.optim.SGD([weight], lr=0.1), 0.5)
+    assert weight.grad is None

@@ -129,6 +129,11 @@ def test_copies_are_compiled_as_well(llama_dir):
 def test_what_cannot_be_compiled_is_refused(llama_dir):
     with pytest.raises(ValueError, match="policy.compile.*selective.*set that to true or false"):
         Policy(llama_dir, compile=True, gradient_checkpointing="selective")
+    kept, compiled = load(llama_dir, gradient_checkpointing="selective"), load(llama_dir, "eager")
+    with pytest.raises(ValueError, match="selective.*compilation would merge these"):
+        compile_layers(kept)
+    with pytest.raises(ValueError, match="leave selective out"):
+        compiled.enable_gradient_checkpointing(selective=True)
     model = LanguageModel(tiny("LlamaConfig"))
     model.causal_lm._no_split_modules = None
     with pytest.raises(ValueError, match="does not say what its layers are.*policy.compile: false"):

@@ -115,6 +115,7 @@ def test_gradients_are_clipped(two):
         ("stage 3", "ZeRO stage is 3.*Set stage: 2.*fsdp2.yaml"),
         ("no ZeRO", "ZeRO stage is 0.*Set stage: 2"),
         ("window", "3 batches, no multiple of accumulate_grad_batches 2.*limit_train_batches"),
+        ("reference", "stored as bfloat16.*set reference.quantization.compute_dtype: float32"),
         ("tokens", "update.micro_batch_tokens is 64.*Set it to null"),
         ("nan", "the loss is nan at step 0, on rows .*no weight was changed"),
     ],

@@ -30,8 +30,10 @@ PAIRWISE = {
     *("PPO-lora-ddp", "PPO-nf4-fsdp2", "PPO-full-fsdp1"),
     *("OnlineDPO-lora-fsdp2", "OnlineDPO-nf4-ddp", "OnlineDPO-full-fsdp1"),
 }
+# So few adapters that a rank's shards hold none.
+NARROW = "SFT-lora-fsdp1-narrow"
 # Beside them, in every `make test`.
-QUICK = PAIRWISE | {"RewardModel-full-fsdp2-token", "DPO-full-fsdp1-decay"}
+QUICK = PAIRWISE | {"RewardModel-full-fsdp2-token", "DPO-full-fsdp1-decay", NARROW}
 EVERY = {"-".join(cell) for cell in itertools.product(ALGORITHMS, WEIGHTS, STRATEGIES)}
 # Beside the matrix: a checkpoint of a file a rank, from which one process exports.
 SHARDED = ("PPO-full-fsdp2-sharded", "RewardModel-lora-fsdp2-sharded", "SFT-lora-fsdp2-sharded")
@@ -52,7 +54,7 @@ HALF = {
     *("PPO-full-fsdp1-bf16_mixed", "RewardModel-nf4-fsdp1-bf16_mixed"),
 }
 # Options that one process trains with as well.
-OF_TRAINING = ("follow", "token", "decay")
+OF_TRAINING = ("follow", "token", "decay", "narrow")
 # Ranks sample other numbers of prompts, to other lengths, after every batch.
 UNEVEN = ("SFT-lora-fsdp2-uneven", "SFT-lora-fsdp1-uneven")
 # As one process goes on from a checkpoint of two, and two from one of one, with the same rows a step.

@@ -139,7 +139,8 @@ def gradient_norm(module: L.LightningModule) -> float:
 
 
 def module_of(cell: Cell, model_dir: str) -> L.LightningModule:
-    lora = None if cell.weights == "full" else LoRA(r=2, init="gaussian")
+    targets = ["q_proj"] if "narrow" in cell.options else "all-linear"
+    lora = None if cell.weights == "full" else LoRA(r=2, init="gaussian", target_modules=targets)
     casts = cell.strategy.startswith("zero") and "bf16_true" in cell.options
     quantization = Quantization(compute_dtype="bfloat16") if casts else NF4
     policy = Policy(

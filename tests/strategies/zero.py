@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_rlhf.algorithms import PPO, SFT, Optimization, Update
+from lightning_rlhf.algorithms import DPO, PPO, SFT, Optimization, Update
 from lightning_rlhf.algorithms.base import NonFiniteLossError
 from lightning_rlhf.data.packing import pack
 from lightning_rlhf.generation import Sampling
+from lightning_rlhf.models import LoRA, Policy, Quantization
 from tests.algorithms.conftest import random_groups
 from tests.algorithms.rollouts import Waves, prompts
 
@@ -146,6 +147,7 @@ def cases(model_dir):
         fit(small(max_grad_norm=CLIP), own_prompts(4), ZeroOnCPU(stage=2), max_steps=1),
         fit(small(max_grad_norm=None), own_prompts(4), ZeroOnCPU(stage=2), max_steps=1),
     )
+    in_four_bits = Policy(model_dir, lora=LoRA(r=2), quantization=Quantization(compute_dtype="bfloat16"))
     passes, budget = Passes(), 12 + 30 * int(os.environ["RANK"])
     return {
         "by tokens": [
@@ -162,6 +164,11 @@ def cases(model_dir):
             "stage 3": refused(SFT(model_dir), texts_of_two(4, 2), ZeroOnCPU(stage=3)),
             "no ZeRO": refused(SFT(model_dir), texts_of_two(4, 2), ZeroOnCPU(zero_optimization=False)),
             "window": refused(SFT(model_dir), texts_of_two(6, 1), ZeroOnCPU(), accumulate_grad_batches=2),
+            "reference": refused(
+                DPO(Policy(model_dir, lora=LoRA(r=2)), reference=in_four_bits),
+                texts_of_two(4, 2),
+                ZeroOnCPU(),
+            ),
             "tokens": refused(small(micro_batch_tokens=64), own_prompts(4), ZeroOnCPU()),
             "nan": refused(Broken(model_dir), texts_of_two(4, 2), ZeroOnCPU(), error=NonFiniteLossError),
         },
