@@ -70,6 +70,7 @@ def assets() -> Path:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of another test; Lightning seeds processes that it starts by it
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from enum import Enum, EnumMeta
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -96,6 +97,14 @@ class _Reader(FileSystemReader):
         return found
 
 
+def _member(kind: Any, name: str) -> Enum:  # noqa: ANN401 - as in pickle
+    """A member of an enumeration, which the first releases of Python 3.11 look up as an attribute."""
+    if not isinstance(kind, EnumMeta):
+        raise pickle.UnpicklingError(f"its index asks for {name!r} of {kind!r}, which no index needs")
+    found: Enum = kind[name]
+    return found
+
+
 class _Unpickler(pickle.Unpickler):
     """Of an index: makes descriptions, and calls nothing else."""
 
@@ -104,6 +113,8 @@ class _Unpickler(pickle.Unpickler):
         is_path = module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath")
         if is_path:
             return PurePath
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if is_dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its index asks for {module}.{name}, which no index needs")

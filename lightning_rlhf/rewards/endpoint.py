@@ -135,11 +135,14 @@ class EndpointReward(Reward):
         last = ""
         waits = delays(self.backoff, self.max_backoff)
         for attempt in range(1, self.max_attempts + 1):
+            if stop.is_set():
+                return []  # the error of another batch is what is told
             try:
                 return read_scores(self._post(body), count, self.url)
             except urllib.error.HTTPError as error:
                 last = f"HTTP {error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
                 if error.code not in WORTH_A_RETRY:
+                    stop.set()
                     raise EndpointError(
                         f"the reward endpoint {self.url} refused the request: {last}"
                     ) from error
@@ -147,6 +150,7 @@ class EndpointReward(Reward):
                 last = f"{type(error).__name__}: {error}"
             if attempt < self.max_attempts and stop.wait(next(waits)):
                 break
+        stop.set()
         raise EndpointError(
             f"the reward endpoint {self.url} failed {attempt} times in {time.monotonic() - began:.1f} s; "
             f"the last error is {last}. Is it running? timeout, max_attempts and backoff say how long it is waited for"

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_rlhf import DPO, SFT, RewardModel
-from lightning_rlhf.models import LoRA, Policy
+from lightning_rlhf.models import LoRA, Policy, sharded_checkpoint
 from lightning_rlhf.models.export import export_checkpoint, read_checkpoint
 from lightning_rlhf.models.reward_export import export_reward_model, is_reward_model
 from tests.tokenizers import letters
@@ -109,6 +110,28 @@ def test_nothing_in_it_is_executed(file, sharded, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not a readable sharded checkpoint"):
         export_checkpoint(sharded, tmp_path / "out")
     assert not (tmp_path / "harm").exists()
+
+
+class Member:
+    """What an enumeration's member is pickled as by Python 3.11.2."""
+
+    def __init__(self, kind, name):
+        self.sought = kind, name
+
+    def __reduce__(self):
+        return getattr, self.sought
+
+
+def test_members_of_enumerations_are_looked_up_and_nothing_else(tmp_path):
+    def loaded(kind, name):
+        (tmp_path / "index").write_bytes(pickle.dumps(Member(kind, name)))
+        with (tmp_path / "index").open("rb") as file:
+            return sharded_checkpoint._Unpickler(file).load()
+
+    wanted = _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    assert loaded(_MEM_FORMAT_ENCODING, wanted.name) is wanted
+    with pytest.raises(pickle.UnpicklingError, match="'__init__' of .*Metadata.*which no index needs"):
+        loaded(Metadata, "__init__")
 
 
 def test_what_is_broken_is_named(sharded, tmp_path):

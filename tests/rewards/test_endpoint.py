@@ -114,7 +114,7 @@ def test_a_server_that_dies_midway(server):
         score(ours, samples_of(9))
     asked = [body["completions"][0] for body, _, _ in server.requests]
     assert asked[:5] == ["answer 0", "answer 1", *["answer 2"] * 3]
-    assert len(asked) <= 6  # the connection may have begun with the next one before it was told to stop
+    assert len(asked) == 5
     server.shutdown()
     server.server_close()
     with pytest.raises(RewardError, match="ConnectionRefusedError|Connection refused"):
