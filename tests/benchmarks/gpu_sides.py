@@ -320,12 +320,16 @@ def trl_ppo(spec: Spec, meter: Meter, folder: Path) -> None:
     def served() -> Iterator[dict[str, Any]]:
         for groups in batches(spec):
             meter.start()
-            yield {"input_ids": left_padded(groups)[0].to(spec.device)}
-            tokens = sum(len(group.prompt) + spec.completion for group in groups)
-            meter.stop(float("nan"), tokens)
+            try:
+                yield {"input_ids": left_padded(groups)[0].to(spec.device)}
+            finally:  # of the last batch when the trainer lets go of it
+                meter.stop(float("nan"), sum(len(group.prompt) + spec.completion for group in groups))
 
     trainer.dataloader = served()
-    trainer.train()
+    # It has cast the norms of a policy in 4 bits to float32, and samples outside of autocast, where the head in
+    # bfloat16 would refuse what they give.
+    with torch.autocast(spec.device, dtype=torch.bfloat16):
+        trainer.train()
 
 
 def main(text: str) -> dict[str, Any]:
