@@ -14,7 +14,6 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_rlhf.algorithms.checkpointed import Checkpointed
-from lightning_rlhf.algorithms.checkpoints import shapes
 from lightning_rlhf.algorithms.optimization import Optimization, build_optimizer, build_schedule
 from lightning_rlhf.algorithms.strategies import (
     HALF_PRECISION,
@@ -96,6 +95,7 @@ class Algorithm(Checkpointed):
     def setup(self, stage: str) -> None:
         """Refuse what a strategy cannot do here; a subclass's own calls this one."""
         require_zero_stage(self.trainer.strategy)
+        require_fsdp1(self.trainer)
         if self.policy_settings is not None:
             require_storage(self.trainer, self.policy_settings.quantization)
 
@@ -111,8 +111,7 @@ class Algorithm(Checkpointed):
         if self.device_mesh is not None:
             shard_all(self, data_parallel(self.device_mesh))
         elif self._fsdp1 is not None:
-            require_fsdp1(self.trainer, self._fsdp1)
-            self._shapes = self._shapes or shapes(self.state_dict())
+            self._shapes = self._expected()
             wrap_all(self, self._fsdp1.root_device, self._fsdp1.mixed_precision_config)
 
     def on_policy_loaded(self) -> None:

@@ -50,6 +50,15 @@ class Checkpointed(L.LightningModule):
         return self._trainer is not None and keeps_gradients(self.trainer.strategy)
 
     @property
+    def _strategy_loads(self) -> bool:
+        """Whether it does so itself, and would ask for frozen weights."""
+        return self.is_sharded or self._strategy_keeps_states
+
+    def _expected(self) -> Shapes:
+        """Of what a checkpoint has to hold."""
+        return self._shapes or shapes(self.state_dict())
+
+    @property
     def loaded_models(self) -> tuple[str, ...]:
         """How names of models start that are loaded again: of their weights checkpoints hold what is trained."""
         return ("policy.", "reference.", "critic.model.")
@@ -74,16 +83,14 @@ class Checkpointed(L.LightningModule):
         Raises:
             RuntimeError: If an adapter, head or trained weight is missing, unknown or of another shape.
         """
-        expected, found = self._shapes or shapes(self.state_dict()), shapes(state_dict)
         require = require_fit if strict else require_shapes
-        require(expected, found, type(self).__name__)
+        require(self._expected(), shapes(state_dict), type(self).__name__)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     @property
     def strict_loading(self) -> bool:
         """As in Lightning; False where the strategy would ask for frozen weights: :meth:`on_load_checkpoint` looks."""
-        loads_itself = self.is_sharded or self._strategy_keeps_states
-        return not loads_itself and super().strict_loading
+        return not self._strategy_loads and super().strict_loading
 
     @strict_loading.setter
     def strict_loading(self, strict: bool) -> None:
@@ -124,9 +131,8 @@ class Checkpointed(L.LightningModule):
         beside = checkpoint["beside_parameters"]
         if self._trainer is not None and not self.trainer.is_global_zero:
             beside[NUM_TOKENS] = torch.zeros_like(beside[NUM_TOKENS])
-        if self.is_sharded or self._strategy_keeps_states:
-            expected = self._shapes or shapes(self.state_dict())
-            require_fit(expected, checkpoint["shapes"], type(self).__name__)
+        if self._strategy_loads:
+            require_fit(self._expected(), checkpoint["shapes"], type(self).__name__)
             here = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in beside.items()}
             super().load_state_dict(here, strict=False)
         else:

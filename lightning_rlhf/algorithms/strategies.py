@@ -88,16 +88,18 @@ def shards_weights(strategy: Strategy) -> bool:
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
-def require_fsdp1(trainer: L.Trainer, strategy: FSDPStrategy) -> None:
+def require_fsdp1(trainer: L.Trainer) -> None:
     """Refuse settings of FSDP1 under which training would be wrong.
 
     Args:
         trainer: Of the run.
-        strategy: The trainer's.
 
     Raises:
         ValueError: If shards would not be of all ranks, or adapters would be cast to half precision.
     """
+    strategy = trainer.strategy
+    if not isinstance(strategy, FSDPStrategy):
+        return
     if strategy.sharding_strategy not in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
         raise ValueError(
             f"FSDPStrategy has sharding_strategy {strategy.sharding_strategy.name}, and gradients are clipped by "

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_rlhf.models.language_model import LanguageModel
 from lightning_rlhf.models.scorer import Head
-from lightning_rlhf.models.sharding_fsdp1 import unit_of, whole
+from lightning_rlhf.models.sharding_fsdp1 import refuse_whole, unit_of, whole
 
 __all__ = ["data_parallel", "gathered", "reshard", "shard", "shard_all", "writable"]
 
@@ -37,12 +37,7 @@ def shard_all(module: nn.Module, mesh: DeviceMesh) -> None:
             shard(part, mesh)
         elif isinstance(part, Head):
             fully_shard(part, mesh=mesh, reshard_after_forward=False)
-    whole = [n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    if whole:
-        raise ValueError(
-            f"{whole[:3]} would be trained and are not sharded: FSDP2 averages gradients of language models and heads "
-            "only. Use DDP"
-        )
+    refuse_whole([n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)])
 
 
 def data_parallel(mesh: DeviceMesh) -> DeviceMesh:

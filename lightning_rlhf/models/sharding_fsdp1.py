@@ -44,11 +44,19 @@ def wrap_all(module: nn.Module, device: torch.device, precision: MixedPrecision 
                     setattr(part, name, unit)
     units = (part for part in module.modules() if isinstance(part, FullyShardedDataParallel))
     inside = {parameter for unit in units for parameter in unit.parameters()}
-    whole = [n for n, p in module.named_parameters() if p.requires_grad and p not in inside]
-    if whole:
+    refuse_whole([n for n, p in module.named_parameters() if p.requires_grad and p not in inside])
+
+
+def refuse_whole(names: Sequence[str]) -> None:
+    """Refuse parameters that would be trained and are not sharded: no rank would average their gradients.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if names:
         raise ValueError(
-            f"{whole[:3]} would be trained and are not sharded: FSDP1 averages gradients of language models and heads "
-            "only. Use DDP"
+            f"{list(names[:3])} would be trained and are not sharded: FSDP averages gradients of language models and "
+            "heads only. Use DDP"
         )
 
 

@@ -135,13 +135,14 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
-def module_of(task: Task) -> Any:
+def module_of(task: Task, model: Any = None) -> Any:
+    """Our module of a task, with a random Llama unless another model is given."""
     from lightning_rlhf.algorithms import DPO, KTO, SFT, Optimization, RewardModel
     from lightning_rlhf.objectives import Sigmoid
     from tests.tokenizers import letters
 
     optimization = Optimization(lr=LEARNING_RATE, schedule="constant")
-    model: Any = llama()
+    model = llama() if model is None else model
     if task == "sft":
         return SFT(model, letters(), optimization=optimization)
     if task == "kto":

@@ -12,15 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lightning_rlhf.algorithms import DPO
 from lightning_rlhf.data.packing import PackedBatch, pack
 from lightning_rlhf.models import LoRA, Policy
-from lightning_rlhf.models.compilation import compile_layers
 from lightning_rlhf.models.loading import prepare
-from lightning_rlhf.objectives import Sigmoid
-from tests.benchmarks.competitors import BETA, adamw, bare_step, llama
+from tests.benchmarks.competitors import adamw, bare_step, llama, module_of
 from tests.benchmarks.workload import load
-from tests.tokenizers import letters
 
 
 class Side:
@@ -34,10 +30,8 @@ class Side:
 
     def __init__(self, *, compiled: bool, lora: bool, precision: str) -> None:
         torch.manual_seed(0)
-        policy = prepare(llama(), Policy("random", lora=LoRA() if lora else None))
-        if compiled:
-            compile_layers(policy)  # before the module, which copies it for its reference
-        self.module = DPO(policy, letters(), objective=Sigmoid(beta=BETA))
+        settings = Policy("random", lora=LoRA() if lora else None, compile=compiled)
+        self.module = module_of("dpo", prepare(llama(), settings))
         self.optimizer = adamw(self.module.policy)
         self.precision = precision
 
